@@ -1,0 +1,57 @@
+"""Pretrain RoBERTa masked language models from raw text, on a laptop, one GPU or a SLURM cluster.
+
+The line, one module a station::
+
+    corpus -> tokenizer -> shards -> order -> batches -> masking      what the model is shown
+           -> model -> optim -> engine                                one update on N ranks
+           -> metrics, checkpoint                                     what happened, what is kept
+           -> evaluate -> export                                      how good it is, what comes out
+
+``config`` says what a run is, ``cluster`` where it runs, ``rng`` is where every random number of the
+data comes from, ``data`` puts the stations up to masking together, ``train`` is the loop, and
+``starter`` is the text for those who bring none.
+
+Imports go down the floors only (``tests/test_floors.py``): modules of one floor do not import each other.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script's ``main``: bad input and I/O failures end it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # `script | head`: whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"no space left on {error.filename or 'the device'}: free some and run the same command again")
+        if error.filename is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Bad input fails on every rank alike. Rank 0 speaks first, and the launcher then ends the others
+        # before they repeat it; a failure that only this rank sees is still printed.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(3)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,167 @@
+"""Which states are complete? Folders that exist whole and verified, or not at all.
+
+Everything kantai writes (tokenizers, shards, checkpoints, exports) is staged beside its place, fsynced, listed with sizes and
+SHA-256 in ``manifest.json``, and renamed into place. A process killed at any instruction leaves the old state and a hidden
+``.NAME.partial``, which the next attempt removes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kantai import UserError
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(Exception):
+    """A folder that is not what its manifest says; the message names the file and the difference."""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of anything JSON can write, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def record(path: Path) -> dict[str, Any]:
+    """Flush a file to the device and return its manifest entry, read back from what was written."""
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+@contextlib.contextmanager
+def staged(target: Path, **meta: Any) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well, seal it and rename it to ``target``, else remove it.
+
+    Args:
+        target: where the folder is to appear, whole.
+        meta: goes into its manifest beside the list of files. A dict given here may be filled until the block ends.
+
+    Raises:
+        UserError: ``target`` exists already.
+    """
+    target = target.absolute()
+    if target.exists():
+        raise UserError(f"{target} exists already; remove it or choose another output")
+    folder = begin(target)
+    try:
+        yield folder
+        files = {path.relative_to(folder).as_posix(): record(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        publish(folder, target, files, **meta)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def begin(target: Path) -> Path:
+    """An empty staging folder for ``target``; what a killed attempt left there is removed."""
+    folder = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(folder: Path, target: Path, files: dict[str, dict[str, Any]], **meta: Any) -> None:
+    """Write the manifest into a staging folder whose files are on the device, last, and rename it to its place."""
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**meta, "files": files}, indent=1) + "\n", encoding="utf-8")
+    _fsync(manifest)
+    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _fsync(inner)
+    folder.rename(target)
+    _fsync(target.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sealed folder.
+
+    Raises:
+        Damaged: it is missing or not what :func:`publish` writes.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if not all(isinstance(name, str) and entry.keys() == {"bytes", "sha256"} for name, entry in files.items()):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
+    return dict(manifest)
+
+
+def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """Compare a folder with its manifest and return that; without ``hashes``, only names and sizes.
+
+    Raises:
+        Damaged: a file is missing, has another size or other bytes.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise Damaged(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}")
+        if hashes and sha256(path) != entry["sha256"]:
+            raise Damaged(f"{path} fails its checksum")
+    return manifest
+
+
+class CheckpointStore:
+    """The checkpoints of a run directory, one folder an update: ``checkpoints/update-00001000``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "checkpoints"
+
+    def path(self, update: int) -> Path:
+        """Where the checkpoint after ``update`` updates is."""
+        return self.folder / f"update-{update:08d}"
+
+    def updates(self) -> list[int]:
+        """Update counts of the published checkpoints, oldest first."""
+        found = (re.fullmatch(r"update-(\d+)", path.name) for path in self.folder.glob("update-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint whose every byte is as it was written, as (update, manifest); None when there is none.
+
+        Args:
+            set_aside: rename damaged ones to ``damaged-...`` and say so, for the one process that may write.
+        """
+        for update in reversed(self.updates()):
+            try:
+                return update, verify(self.path(update))
+            except Damaged as damage:
+                print(f"checkpoint {update} is damaged and not used: {damage}", flush=True)
+                if set_aside:
+                    aside = self.folder / f"damaged-{self.path(update).name}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self.path(update).rename(aside)
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest ``keep`` checkpoints. Call it after :func:`verify` of the newest."""
+        for update in self.updates()[:-keep]:
+            # Renamed first: a kill in mid-removal must not leave a checkpoint with files missing under its name.
+            self.path(update).rename(self.folder / f".{self.path(update).name}.partial")
+        for leftover in self.folder.glob(".update-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,320 @@
+"""What is this run? Typed, nested, frozen settings from YAML and ``--a.b=c``, refused at birth where they are wrong.
+
+Every key, its type and its default is in this file; ``scripts/pretrain.py --help`` prints them.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kantai import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+# A field so marked may differ when a run directory is resumed: it changes the speed or the place of a run, not its result.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows no other keys than its own and converts no types silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Data(Section):
+    """Which tokens, cut into which sequences."""
+
+    shards: str = Field(description="folder written by tokenize_corpus.py", json_schema_extra=MAY_CHANGE)
+    tokenizer: str = Field(description="folder of the tokenizer that the shards were made with", json_schema_extra=MAY_CHANGE)
+    seq_len: int = Field(512, ge=8, description="tokens a sequence, <s> included")
+    packing: Literal["contiguous", "padded"] = Field(
+        "contiguous", description="contiguous: the token stream cut into full sequences; padded: one document a sequence"
+    )
+    workers: NotNegative = Field(0, description="data-loader processes a rank", json_schema_extra=MAY_CHANGE)
+
+
+class Masking(Section):
+    """Which tokens are hidden, and behind what."""
+
+    ratio: float = Field(0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted")
+    mask_share: Share = Field(0.8, description="share of those shown as <mask>")
+    random_share: Share = Field(0.1, description="share of those shown as a random token; the rest is shown as it is")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "Masking":
+        if self.mask_share + self.random_share > 1:
+            raise ValueError("mask_share + random_share must not exceed 1")
+        return self
+
+
+class Model(Section):
+    """A transformers RobertaConfig; the defaults are roberta-base's."""
+
+    hidden_size: Positive = Field(768, description="width")
+    num_hidden_layers: Positive = Field(12, description="layers")
+    num_attention_heads: Positive = Field(12, description="attention heads; must divide hidden_size")
+    intermediate_size: Positive = Field(3072, description="width of the feed-forward layers")
+    hidden_dropout_prob: Probability = Field(0.1, description="dropout on hidden states")
+    attention_probs_dropout_prob: Probability = Field(0.1, description="dropout on attention weights")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    layer_norm_eps: float = Field(1e-5, gt=0, description="epsilon of the layer norms")
+    vocab_size: Positive | None = Field(
+        None, description="rows of the embedding; default: the tokenizer's size, rounded up to a multiple of 64"
+    )
+    max_position_embeddings: Positive | None = Field(None, description="default: data.seq_len + 2, as RoBERTa counts them")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Model":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}")
+        return self
+
+
+class Batch(Section):
+    """How many sequences make an update. Gradient accumulation follows from these two and the world size."""
+
+    global_batch_size: Positive = Field(256, description="sequences an update, over all ranks")
+    micro_batch_size: Positive = Field(
+        32, description="most sequences a rank computes at once: what fits its memory", json_schema_extra=MAY_CHANGE
+    )
+
+
+class Optimizer(Section):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "wsd"] = Field("linear", description="decay to 0: linear, cosine, or flat and then linear")
+    warmup_updates: NotNegative = Field(0, description="updates of linear warm-up from 0")
+    decay_updates: Positive | None = Field(None, description="updates of the final decay of wsd; default: a tenth of the run")
+    adam_beta1: Probability = Field(0.9, description="decay of the first moment")
+    adam_beta2: Probability = Field(0.98, description="decay of the second moment")
+    adam_eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="decay of matrices; never of biases and layer norms")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
+
+
+class Training(Section):
+    """How long, in what arithmetic. Exactly one of total_updates and epochs is given."""
+
+    total_updates: Positive | None = Field(None, description="length of the run in updates")
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes over the training split")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward and backward pass")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Training":
+        if (self.total_updates is None) == (self.epochs is None):
+            raise ValueError("give exactly one of total_updates and epochs")
+        return self
+
+
+class Checkpoint(Section):
+    """When the state of the run is saved, and how much of it is kept."""
+
+    every_updates: Positive = Field(
+        1000, description="updates between checkpoints; one more is written at the end", json_schema_extra=MAY_CHANGE
+    )
+    keep: int = Field(3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE)
+
+
+class Evaluation(Section):
+    """When the held-out split is evaluated, and on how much of it."""
+
+    every_updates: Positive = Field(
+        1000, description="updates between evaluations; one more follows the last update", json_schema_extra=MAY_CHANGE
+    )
+    max_sequences: Positive = Field(4096, description="most held-out sequences evaluated", json_schema_extra=MAY_CHANGE)
+    prompts: list[str] = Field(
+        [], description="texts with one <mask> to fill in; default: some from the held-out split", json_schema_extra=MAY_CHANGE
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = Field(description="folder of everything the run writes", json_schema_extra=MAY_CHANGE)
+    seed: NotNegative = Field(0, description="of the initial weights, the sample order, the masks and dropout")
+    data: Data
+    training: Training
+    masking: Masking = Masking()
+    model: Model = Model()
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic: which of an update's rows are computed where. The only place that knows it.
+
+    An update's ``global_batch_size`` rows are dealt over ``world_size`` ranks in ``gradient_accumulation_steps`` micro-steps
+    of ``micro_batch_size`` rows; where that does not come out even, the last rows are empty and weigh nothing.
+    """
+
+    global_batch_size: int
+    max_micro_batch_size: int
+    world_size: int
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps an update."""
+        return math.ceil(self._rows_per_rank / self.max_micro_batch_size)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows a rank and micro-step: the largest allowed, made smaller where that leaves fewer rows empty."""
+        return math.ceil(self._rows_per_rank / self.gradient_accumulation_steps)
+
+    @property
+    def empty_rows(self) -> int:
+        """Rows an update that are computed and weigh nothing."""
+        return self.world_size * self.gradient_accumulation_steps * self.micro_batch_size - self.global_batch_size
+
+    @property
+    def _rows_per_rank(self) -> int:
+        return math.ceil(self.global_batch_size / self.world_size)
+
+    def rows(self, rank: int, micro_step: int) -> range:
+        """The rows of an update that a rank computes in a micro-step; those from ``global_batch_size`` on are empty."""
+        start = (micro_step * self.world_size + rank) * self.micro_batch_size
+        return range(start, start + self.micro_batch_size)
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.global_batch_size} sequences an update = {self.world_size} ranks x "
+            f"{self.gradient_accumulation_steps} micro-steps x {self.micro_batch_size}"
+        )
+        if self.empty_rows:
+            share = self.empty_rows / (self.global_batch_size + self.empty_rows)
+            text += f", {self.empty_rows} of them empty ({share:.1%} wasted)"
+        return text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-4 as text, for want of a dot; every paper writes it so."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, lay ``--a.b=c`` overrides over it, and check the whole.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (the nearest known one is named), a wrong type or range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; configs/ has some to start from") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"the config {path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"the config {path} has no keys; configs/quickstart.yaml is one to start from")
+    for override in overrides:
+        _lay_over(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"config {path}: {_in_words(error)}") from None
+    return _with_absolute_paths(config)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write a config so that :func:`load_config` gives it back."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
+    return {key: value for key, value, field in _leaves(config) if field.json_schema_extra != MAY_CHANGE}
+
+
+def refuse_other_run(config: Config, saved: Config) -> None:
+    """Compare a config with the one a run directory was started with.
+
+    Raises:
+        UserError: a setting that decides the run's result differs.
+    """
+    before, now = fixed_settings(saved), fixed_settings(config)
+    changed = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]]
+    if changed:
+        raise UserError(
+            f"{config.run_dir} belongs to a run of another config: {'; '.join(changed)}. "
+            "Give a new --run_dir=..., or the old values to continue that run"
+        )
+
+
+def describe() -> str:
+    """All keys with type, default and meaning, as text for ``--help``."""
+    lines = []
+    for key, field in _schema(Config):
+        kind = str(field.annotation).replace("typing.", "") if not isinstance(field.annotation, type) else field.annotation.__name__
+        kind = re.sub(r"Annotated\[(\w+), FieldInfo[^\]]*\)\]", r"\1", kind)
+        default = "required" if field.is_required() else f"default {field.default!r}"
+        lines.append(f"  --{key}=...\n      {field.description} ({kind}, {default})")
+    return "\n".join(lines)
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"--([\w.]+)=(.*)", override, re.DOTALL)
+    if match is None:
+        raise UserError(f"cannot read the argument {override!r}: settings are given as --section.key=value")
+    keys = match[1].split(".")
+    try:
+        value = yaml.load(match[2], _Loader)
+    except (yaml.YAMLError, ValueError):
+        value = match[2]
+    for key in keys[:-1]:
+        inner = tree.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{override}: {key} is a value, not a section")
+        tree = inner
+    tree[keys[-1]] = value
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [key for key, _ in _schema(Config)] + list(Config.model_fields)
+        near = difflib.get_close_matches(where, known, n=1, cutoff=0) if where else []
+        return f"unknown key {where!r}; the nearest known one is {near[0]!r}" if near else f"unknown key {where!r}"
+    if first["type"] == "missing":
+        return f"{where} is missing; add it to the file or give --{where}=..."
+    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{where or 'it'}: {reason}{given}" if where else f"{reason}{given}"
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """A run directory must find its data again from any working directory."""
+    data = config.data.model_copy(update={key: str(Path(getattr(config.data, key)).absolute()) for key in ("shards", "tokenizer")})
+    return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "data": data})
+
+
+def _schema(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _schema(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _leaves(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    for key, field in _schema(Config):
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        yield key, value, field

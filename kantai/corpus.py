@@ -1,0 +1,121 @@
+"""Which documents? Text files, JSON lines and Parquet, cut into lines, paragraphs, files or records."""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from kantai import UserError
+
+Unit = Literal["line", "paragraph", "file", "record"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+_RECORD_SUFFIXES = {".jsonl", ".parquet"}
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """The files behind paths, directories (all files below, hidden ones left out) and globs, in a fixed order.
+
+    Raises:
+        UserError: an input matches nothing, or a file is empty.
+    """
+    found: list[Path] = []
+    for pattern in inputs:
+        path = Path(pattern)
+        if path.is_dir():
+            matches = sorted(
+                p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            )
+        elif path.exists():
+            matches = [path]
+        else:
+            matches = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+        if not matches:
+            raise UserError(f"no input at {pattern}: give a text, .jsonl or .parquet file, a directory of them, or a quoted glob")
+        found += matches
+    files = list(dict.fromkeys(found))
+    for path in files:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: leave it out, or see what was to write it")
+    return files
+
+
+def documents(files: Sequence[Path], unit: Unit | None = None, text_field: str = "text") -> Iterator[str]:
+    """Yield the documents of files in order; blank ones are left out.
+
+    Args:
+        files: ``.jsonl`` and ``.parquet`` are read as records, anything else as UTF-8 text.
+        unit: what one document is: a ``line``; a ``paragraph``, ended by a blank line, its lines joined by a space, since
+            where a line was wrapped says nothing; a whole ``file``; a ``record``. Default: lines of text, records of the rest.
+        text_field: the field or column of a record that holds its text.
+
+    Raises:
+        UserError: a file is not UTF-8 text, or not what its name says, or has no such field.
+    """
+    for path in files:
+        is_records = path.suffix in _RECORD_SUFFIXES
+        if unit is not None and is_records != (unit == "record"):
+            expected = "record" if is_records else "line, paragraph or file"
+            raise UserError(f"{path} cannot be cut by --document {unit}: give {expected}")
+        if is_records:
+            texts = _records(path, text_field)
+        elif unit == "file":
+            texts = iter(["\n".join(_lines(path))])
+        elif unit == "paragraph":
+            texts = _paragraphs(_lines(path))
+        else:
+            texts = _lines(path)
+        yield from (text for text in texts if text and not text.isspace())
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path} line {number} is not UTF-8: convert it first, as with iconv -f LATIN1 -t UTF-8") from None
+            if "\0" in text:
+                raise UserError(f"{path} line {number} has a NUL byte: it is binary, or text of another encoding than UTF-8")
+            yield text.rstrip("\r\n")
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if line and not line.isspace():
+            paragraph.append(line.strip())
+        elif paragraph:
+            yield " ".join(paragraph)
+            paragraph = []
+    yield " ".join(paragraph)
+
+
+def _records(path: Path, text_field: str) -> Iterator[str]:
+    for number, row in enumerate(_rows(path, text_field), 1):
+        text = row.get(text_field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path} record {number} has no text in its field {text_field!r}: name the right one with --text_field")
+        yield text
+
+
+def _rows(path: Path, text_field: str) -> Iterator[Any]:
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(_lines(path), 1):
+            if line and not line.isspace():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError):
+                    raise UserError(f"{path} line {number} is not JSON") from None
+        return
+    import pyarrow as pa  # only here: a second of start-up that text does not need
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [text_field] if text_field in file.schema_arrow.names else []
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist() if columns else [None]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None

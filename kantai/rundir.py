@@ -1,0 +1,108 @@
+"""Which run is this? A run directory, the config and data that it belongs to, and how far it has come. No torch: looking is quick."""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kantai
+from kantai import UserError
+from kantai.checkpoint import CheckpointStore, digest, sha256
+from kantai.config import Config, fixed_settings, load_config, refuse_other_run, save_config
+from kantai.data import Data
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory that fits its config and data."""
+
+    path: Path
+    config: Config
+    data: Data
+
+    @property
+    def store(self) -> CheckpointStore:
+        """Its checkpoints."""
+        return CheckpointStore(self.path)
+
+    def is_finished(self) -> bool:
+        """Whether the last update's checkpoint is there, whole."""
+        return self.store.updates()[-1:] == [self.data.total_updates] and self.newest() == self.data.total_updates
+
+    def newest(self, *, set_aside: bool = False) -> int:
+        """Update count of the newest valid checkpoint, 0 where there is none.
+
+        Args:
+            set_aside: move damaged ones out of the way; for one process alone.
+
+        Raises:
+            UserError: it was made from other shards or with another tokenizer.
+        """
+        found = self.store.newest_valid(set_aside=set_aside)
+        if found is None:
+            return 0
+        update, manifest = found
+        lineage = self.lineage()
+        for key in ("shards", "tokenizer"):
+            if manifest.get("lineage", {}).get(key) != lineage[key]:
+                raise UserError(
+                    f"{self.store.path(update)} was trained on other {key} than {getattr(self.config.data, key)}: name those of its start"
+                )
+        return update
+
+    def create(self) -> None:
+        """Make the directory with its config; for one process alone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / f".{CONFIG_FILE}.partial"
+        save_config(self.config, partial)
+        partial.replace(self.path / CONFIG_FILE)
+
+    def lineage(self) -> dict[str, Any]:
+        """Fingerprints of everything that decides the result, for checkpoints and the model card."""
+        sources = sorted(Path(kantai.__file__).parent.rglob("*.py"))
+        return {
+            "config": digest(fixed_settings(self.config)),
+            "shards": digest(self.data.shards.manifest["files"]),
+            "tokenizer": self.data.vocabulary.fingerprint,
+            "code": digest([sha256(path) for path in sources]),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy")},
+                "kantai": kantai.__version__,
+            },
+        }
+
+
+def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
+    """Look whether a run may start or go on in its directory; writes nothing.
+
+    Args:
+        resume: go on where there is something to go on from.
+
+    Raises:
+        UserError: the directory is another run's, or no run's, or there is a run and ``resume`` is not wanted.
+    """
+    path = Path(config.run_dir)
+    if (path / CONFIG_FILE).exists():
+        if not resume:
+            raise UserError(f"{path} has a run already: leave --resume at auto to continue it, or give another --run_dir=...")
+        refuse_other_run(config, load_config(path / CONFIG_FILE))
+    elif path.exists() and (not path.is_dir() or any(entry.name != f".{CONFIG_FILE}.partial" for entry in path.iterdir())):
+        raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
+    return RunDir(path, config, data)
+
+
+def saved_config(run_dir: str | Path) -> Config:
+    """The config of an existing run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}; pretrain.py makes one")
+    # The directory may have been moved since.
+    return load_config(path).model_copy(update={"run_dir": str(Path(run_dir).absolute())})

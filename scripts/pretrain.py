@@ -1,0 +1,42 @@
+"""Pretrain a masked language model, or go on with it: the same command does both.
+
+accelerate launch --config_file configs/accelerate/cpu.yaml scripts/pretrain.py --config configs/quickstart.yaml
+"""
+
+import argparse
+
+from kantai import run_command
+from kantai.cluster import Place
+from kantai.config import describe, load_config
+from kantai.data import open_data
+from kantai.rundir import open_run_dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="settings, in the YAML file or as arguments:\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run; any key in it can be overridden by --section.key=value")
+    parser.add_argument(
+        "--resume", choices=["auto", "never"], default="auto", help="auto: go on from the newest valid checkpoint of run_dir (default)"
+    )
+    parser.add_argument("--check", action="store_true", help="check config, data and run directory, and start nothing; takes a second")
+    arguments, overrides = parser.parse_known_args()
+
+    place = Place.from_environment()
+    config = load_config(arguments.config, overrides)
+    data = open_data(config, hashes=place.is_main)
+    run_dir = open_run_dir(config, data, resume=arguments.resume == "auto")
+    if arguments.check or run_dir.is_finished():
+        if place.is_main:
+            print(f"{run_dir.path}: {run_dir.newest()} of {data.total_updates} updates done")
+        return
+    from kantai.train import train  # imports torch, which bad input need not wait for
+
+    train(run_dir, place)
+
+
+if __name__ == "__main__":
+    run_command(main)

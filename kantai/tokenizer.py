@@ -108,9 +108,10 @@ def load_tokenizer(folder: Path) -> Vocabulary:
         model = json.loads(tokenizer.to_str())["model"]
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path} is not a tokenizer: {error}") from None
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    missing = [token for token, number in ids.items() if number is None]
+    ids = {token: number for token in SPECIAL_TOKENS if (number := tokenizer.token_to_id(token)) is not None}
+    missing = [token for token in SPECIAL_TOKENS if token not in ids]
     if missing:
         raise UserError(f"{path} lacks {' '.join(missing)}: a RoBERTa tokenizer has {' '.join(SPECIAL_TOKENS)}")
     fingerprint = digest([model["vocab"], model.get("merges"), ids])
-    return Vocabulary(tokenizer, tokenizer.get_vocab_size(), *(ids[token] for token in SPECIAL_TOKENS), fingerprint)
+    bos_id, pad_id, eos_id, unk_id, mask_id = ids.values()
+    return Vocabulary(tokenizer, tokenizer.get_vocab_size(), bos_id, pad_id, eos_id, unk_id, mask_id, fingerprint)

@@ -40,9 +40,7 @@ def main() -> None:
         held_out_share=arguments.held_out,
     )
     for name, split in manifest["splits"].items():
-        print(
-            f"{arguments.output} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, unigram entropy {split['unigram_entropy']:.3f}"
-        )
+        print(f"{arguments.output} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
 
 
 def with_bar(texts: Iterable[str], total_bytes: int) -> Iterator[str]:

@@ -46,24 +46,31 @@ class Data:
 
     def training_batches(self, plan: BatchPlan) -> Batches:
         """The training split, shuffled anew every epoch, without end."""
-        return self._batches("train", Shuffled(self.training_samples, self.config.seed), self.config.seed, plan)
+        seed, masking = self.config.seed, self.config.masking
+        return self._batches(
+            "train", Shuffled(self.training_samples, seed), self._masker(masking.mask_share, masking.random_share, seed), plan
+        )
 
     def held_out_batches(self, plan: BatchPlan) -> tuple[Batches, int]:
-        """The held-out split in order with masks that never change, and the number of steps that go through it once."""
+        """The held-out split in order with masks that never change, and the number of steps that go through it once.
+
+        Here every hidden token is shown as ``<mask>``. With the tenth that training leaves in place, a model that copies it and knows
+        nothing but word frequencies would seem to be half a nat below the unigram entropy.
+        """
         samples = min(self.held_out_samples, self.config.evaluation.max_sequences)
-        batches = self._batches("held_out", Sequential(samples), _EVALUATION_SEED, plan)
+        batches = self._batches("held_out", Sequential(samples), self._masker(1.0, 0.0, _EVALUATION_SEED), plan)
         return batches, -(-samples // plan.global_batch_size)
 
     def prompts(self) -> list[str]:
         """Texts with one ``<mask>`` each: the config's, or some held-out documents with a whole word hidden."""
         return self.config.evaluation.prompts or self._derived_prompts()
 
-    def _batches(self, split: str, order: Order, seed: int, plan: BatchPlan) -> Batches:
-        masking, vocabulary = self.config.masking, self.vocabulary
-        masker = Masker(
-            masking.ratio, masking.mask_share, masking.random_share, vocabulary.size, vocabulary.mask_id, vocabulary.special_ids, seed
-        )
-        return Batches(_sequences(self.config, vocabulary, self.shards, split), order.at, masker, plan, vocabulary.pad_id)
+    def _masker(self, mask_share: float, random_share: float, seed: int) -> Masker:
+        vocabulary, ratio = self.vocabulary, self.config.masking.ratio
+        return Masker(ratio, mask_share, random_share, vocabulary.size, vocabulary.mask_id, vocabulary.special_ids, seed)
+
+    def _batches(self, split: str, order: Order, masker: Masker, plan: BatchPlan) -> Batches:
+        return Batches(_sequences(self.config, self.vocabulary, self.shards, split), order.at, masker, plan, self.vocabulary.pad_id)
 
     def _derived_prompts(self) -> list[str]:
         tokenizer = self.vocabulary.tokenizer

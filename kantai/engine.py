@@ -26,7 +26,7 @@ from kantai.cluster import Place
 from kantai.config import BatchPlan, Config
 from kantai.data import dropout_seed
 from kantai.masking import IGNORED_LABEL
-from kantai.model import MaskedRoberta, training_flops
+from kantai.model import MaskedRoberta, as_inputs, training_flops
 from kantai.optim import build_optimizer
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Engine:
             }
         self.shape = model.config
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, config.optimizer))
-        self.raw_model = self.accelerator.unwrap_model(self.model)
+        self.raw_model = model
 
     @property
     def device(self) -> torch.device:
@@ -110,10 +110,7 @@ class Engine:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """A micro-batch as the model's arguments, on this rank's device."""
-        arrays: dict[str, Any] = {"input_ids": batch.input_ids, "masked_positions": batch.masked_positions, "labels": batch.labels}
-        if batch.attention_mask is not None:
-            arrays["attention_mask"] = batch.attention_mask
-        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in arrays.items()}
+        return as_inputs(batch, self.device)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
@@ -277,7 +274,7 @@ class _ZeroState:
 def _accelerator(config: Config, plan: BatchPlan) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     on_cpu = not torch.cuda.is_available()
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if deepspeed and on_cpu:
         # Without it every rank believes to be alone in the world. With it and without DeepSpeed, reductions do nothing.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -302,14 +299,15 @@ def _quiet_deepspeed_on_cpu() -> None:
 def _refuse_other_world(accelerator: Accelerator, place: Place) -> None:
     """On CPU, Accelerate trains two independent worlds of one in several spellings, or leaves DeepSpeed out, without a word."""
     seen, announced = (accelerator.num_processes, accelerator.process_index), (place.world_size, place.rank)
-    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     backend = accelerator.distributed_type
-    expected = (DistributedType.DEEPSPEED,) if wants_deepspeed else (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if place.world_size == 1 and not wants_deepspeed:
-        expected = (DistributedType.NO, *expected)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        expected = [DistributedType.DEEPSPEED]
+    else:
+        expected = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
+        if place.world_size == 1:
+            expected.append(DistributedType.NO)
     if seen != announced or backend not in expected:
         raise UserError(
-            f"the launcher announced rank {announced[1]} of {announced[0]}, "
-            f"but Accelerate sees rank {seen[1]} of {seen[0]} under {backend.value}: "
-            "launch with one of configs/accelerate/*.yaml"
+            f"the launcher announced rank {announced[1]} of {announced[0]} under {expected[0].value}, "
+            f"but Accelerate sees rank {seen[1]} of {seen[0]} under {backend.value}: launch with one of configs/accelerate/*.yaml"
         )

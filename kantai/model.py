@@ -1,12 +1,16 @@
 """RoBERTa from a config: the stock model, with the language-model head and the loss on masked positions alone."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
+from kantai import UserError
 from kantai import config as settings
+from kantai.batches import Batch
 from kantai.masking import IGNORED_LABEL
 from kantai.tokenizer import Vocabulary
 
@@ -68,6 +72,29 @@ def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRobert
             architectures=["RobertaForMaskedLM"],
         )
     )
+
+
+def as_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch as the arguments of :meth:`MaskedRoberta.forward`, on a device."""
+    arrays = {"input_ids": batch.input_ids, "masked_positions": batch.masked_positions, "labels": batch.labels}
+    tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    if batch.attention_mask is not None:
+        tensors["attention_mask"] = torch.from_numpy(batch.attention_mask).to(device, non_blocking=True)
+    return tensors
+
+
+def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:
+    """Set a model's weights from a checkpoint of any backend and world size.
+
+    Raises:
+        UserError: a weight is missing or has another shape.
+    """
+    weights = {name: tensor for path in sorted(checkpoint.glob("state-*.safetensors")) for name, tensor in load_file(path).items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise UserError(f"{checkpoint} has no {name} of shape {list(parameter.shape)}: it is of another model")
+            parameter.copy_(weights[name])
 
 
 def training_flops(shape: RobertaConfig, tokens: int, attended_pairs: int, masked: int) -> int:

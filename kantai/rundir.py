@@ -1,6 +1,7 @@
 """Which run is this? A run directory, the config and data that it belongs to, and how far it has come. No torch: looking is quick."""
 
 import importlib.metadata
+import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import kantai
 from kantai import UserError
 from kantai.checkpoint import CheckpointStore, digest, sha256
 from kantai.config import Config, fixed_settings, load_config, refuse_other_run, save_config
-from kantai.data import Data
+from kantai.data import Data, open_data
 
 CONFIG_FILE = "config.yaml"
 
@@ -54,8 +55,9 @@ class RunDir:
         return update
 
     def create(self) -> None:
-        """Make the directory with its config; for one process alone."""
+        """Make the directory with its config and prompts; for one process alone."""
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "prompts.json").write_text(json.dumps(self.data.prompts(), indent=1, ensure_ascii=False), encoding="utf-8")
         partial = self.path / f".{CONFIG_FILE}.partial"
         save_config(self.config, partial)
         partial.replace(self.path / CONFIG_FILE)
@@ -90,9 +92,25 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
         if not resume:
             raise UserError(f"{path} has a run already: leave --resume at auto to continue it, or give another --run_dir=...")
         refuse_other_run(config, load_config(path / CONFIG_FILE))
-    elif path.exists() and (not path.is_dir() or any(entry.name != f".{CONFIG_FILE}.partial" for entry in path.iterdir())):
+    elif path.exists() and (
+        not path.is_dir() or any(entry.name not in ("prompts.json", f".{CONFIG_FILE}.partial") for entry in path.iterdir())
+    ):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
     return RunDir(path, config, data)
+
+
+def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
+    """An existing run with its data, and the update count of its newest valid checkpoint.
+
+    Raises:
+        UserError: no run there, its data is gone, or it has saved nothing yet.
+    """
+    config = saved_config(run_dir)
+    opened = RunDir(Path(config.run_dir), config, open_data(config))
+    update = opened.newest()
+    if update == 0:
+        raise UserError(f"{run_dir} has no valid checkpoint yet: run pretrain.py until it saves one")
+    return opened, update
 
 
 def saved_config(run_dir: str | Path) -> Config:

@@ -1,0 +1,107 @@
+"""What comes out? A stock Hugging Face folder, loaded back and compared before anybody can see it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import RobertaForMaskedLM, pipeline
+
+from kantai import UserError
+from kantai.checkpoint import MANIFEST, staged
+from kantai.config import BatchPlan, fixed_settings
+from kantai.model import MaskedRoberta
+from kantai.rundir import RunDir
+
+_MOST_DIFFERENCE = 1e-4  # of a logit, between two paths through the same fp32 weights
+
+
+def export(run_dir: RunDir, model: MaskedRoberta, update: int, output: Path) -> float:
+    """Write weights (safetensors), config, tokenizer and model card; publish them only after ``pipeline("fill-mask")`` agrees.
+
+    Args:
+        model: with the weights of ``update``.
+
+    Returns:
+        The largest difference between a logit of the trained model and of the one loaded back.
+
+    Raises:
+        UserError: ``output`` exists, or what was loaded back is another model.
+    """
+    lineage = {"update": update, "run": str(run_dir.path), **run_dir.lineage()}
+    with staged(output, kind="model", lineage=lineage) as folder:
+        stock = RobertaForMaskedLM(model.config)
+        stock.load_state_dict(model.state_dict())
+        stock.save_pretrained(folder)
+        _copy_tokenizer(Path(run_dir.config.data.tokenizer), folder, run_dir.config.data.seq_len)
+        (folder / "README.md").write_text(_card(run_dir, model, lineage), encoding="utf-8")
+        difference = _difference(run_dir, model, folder)
+        if not difference <= _MOST_DIFFERENCE:
+            raise UserError(f"the exported model's logits differ from the trained one's by {difference}: nothing was written to {output}")
+    return difference
+
+
+def _copy_tokenizer(source: Path, folder: Path, seq_len: int) -> None:
+    for path in source.iterdir():
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    # The model has positions for seq_len tokens only: beyond, PyTorch would fail with an index out of range.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tokenizer_class": "RobertaTokenizer"}
+    path.write_text(json.dumps({**config, "model_max_length": seq_len}, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _difference(run_dir: RunDir, model: MaskedRoberta, folder: Path) -> float:
+    """Between the trained model and the pipeline made of a folder, on one held-out sequence with its masks."""
+    batches, _ = run_dir.data.held_out_batches(BatchPlan(1, 1, 1))
+    ids = torch.from_numpy(batches.micro_batch(0, 0, 0).input_ids)
+    ids = ids[:, ids[0] != run_dir.data.vocabulary.pad_id]
+    loaded = pipeline("fill-mask", model=str(folder), device="cpu")
+    text = run_dir.data.vocabulary.tokenizer.decode(ids[0, 1:9].tolist())
+    if loaded.tokenizer(text).input_ids != run_dir.data.vocabulary.tokenizer.encode(text).ids:
+        return float("inf")
+    trained = model.cpu().float().eval()(ids).logits
+    return float((loaded.model.eval()(ids).logits.float() - trained).abs().max())
+
+
+def _card(run_dir: RunDir, model: MaskedRoberta, lineage: dict[str, Any]) -> str:
+    data = run_dir.data
+    front = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["roberta", "fill-mask", "kantai"]}
+    rows = {
+        "parameters": f"{model.num_parameters():,}",
+        "updates": f"{lineage['update']:,} of {run_dir.config.batch.global_batch_size} sequences of {run_dir.config.data.seq_len} tokens",
+        "training split": f"{data.shards.manifest['splits']['train']['tokens']:,} tokens",
+        "unigram entropy": f"{data.unigram_entropy:.3f} nats a token",
+        **_last_score(run_dir.path / "metrics.jsonl", lineage["update"]),
+    }
+    fingerprints = {key: str(lineage[key]) for key in ("config", "shards", "tokenizer", "code")}
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+            f"# {run_dir.path.name}\n\nA RoBERTa masked language model, pretrained from scratch with kantai {lineage['versions']['kantai']}.\n",
+            "| | |\n|---|---|",
+            *(f"| {key} | {value} |" for key, value in rows.items()),
+            "\n## Lineage\n\nSHA-256 of what decided the result.\n\n| | |\n|---|---|",
+            *(f"| {key} | `{value}` |" for key, value in fingerprints.items()),
+            *(f"| {name} | {version} |" for name, version in lineage["versions"].items()),
+            f"\n## Settings\n\n```yaml\n{yaml.safe_dump(fixed_settings(run_dir.config), sort_keys=False)}```\n",
+        ]
+    )
+
+
+def _last_score(metrics: Path, update: int) -> dict[str, str]:
+    """The last held-out score up to an update, for the card."""
+    score: dict[str, str] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+        entry = json.loads(line)
+        if "held_out/loss" in entry and entry["update"] <= update:
+            score = {
+                "held-out loss": f"{entry['held_out/loss']:.3f} nats a masked token (update {entry['update']})",
+                "held-out accuracy": f"{entry['held_out/accuracy']:.1%}",
+                "held-out perplexity": f"{np.exp(entry['held_out/loss']):,.1f}",
+            }
+    return score

@@ -1,0 +1,37 @@
+"""Evaluate the newest checkpoint of a run on its held-out split, under masks that are the same in every run.
+
+python scripts/evaluate.py runs/quickstart/run
+"""
+
+import argparse
+
+import torch
+
+from kantai import run_command
+from kantai.config import BatchPlan
+from kantai.evaluate import held_out_score
+from kantai.model import as_inputs, build_model, load_weights
+from kantai.rundir import open_saved_run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory")
+    arguments = parser.parse_args()
+
+    run_dir, update = open_saved_run(arguments.run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(run_dir.config, run_dir.data.vocabulary)
+    load_weights(model, run_dir.store.path(update))
+    micro = run_dir.config.batch.micro_batch_size
+    batches, steps = run_dir.data.held_out_batches(BatchPlan(micro, micro, 1))
+    score = held_out_score(model.to(device), batches, steps, rank=0, inputs=lambda batch: as_inputs(batch, device))
+    print(f"update {update}, {score.masked:,} masked tokens of the held-out split")
+    print(f"loss        {score.loss:.4f} nats a masked token")
+    print(f"the floor   {run_dir.data.unigram_entropy:.4f} nats: the corpus' unigram entropy, what knowing only word frequencies gives")
+    print(f"accuracy    {score.accuracy:.2%}")
+    print(f"perplexity  {score.perplexity:,.2f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

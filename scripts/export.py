@@ -1,0 +1,32 @@
+"""Export the newest checkpoint of a run as a Hugging Face model folder, after loading it back and comparing logits.
+
+python scripts/export.py runs/quickstart/run --output model
+"""
+
+import argparse
+from pathlib import Path
+
+from kantai import UserError, run_command
+from kantai.rundir import open_saved_run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    arguments = parser.parse_args()
+
+    if arguments.output.exists():  # before seconds of imports
+        raise UserError(f"{arguments.output} exists already; remove it or choose another output")
+    run_dir, update = open_saved_run(arguments.run)
+    from kantai.export import export
+    from kantai.model import build_model, load_weights
+
+    model = build_model(run_dir.config, run_dir.data.vocabulary)
+    load_weights(model, run_dir.store.path(update))
+    difference = export(run_dir, model, update, arguments.output)
+    print(f'{arguments.output}: update {update}, loaded back with pipeline("fill-mask"), logits equal within {difference:.1g}')
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+"""Fill in the <mask> of texts with a model from a folder or the Hugging Face Hub.
+
+python scripts/fill_mask.py model "Human thinking involves human <mask>."
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from kantai import UserError, run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder written by export.py, or a model of the Hub")
+    parser.add_argument("texts", nargs="*", help="texts with one <mask> each")
+    parser.add_argument("--prompts", type=Path, help="JSON file with a list of such texts")
+    parser.add_argument("--top_k", type=int, default=5, help="words a text (default 5)")
+    arguments = parser.parse_args()
+
+    texts = arguments.texts + (json.loads(arguments.prompts.read_text(encoding="utf-8")) if arguments.prompts else [])
+    for text in texts:
+        if text.count("<mask>") != 1:
+            raise UserError(f"{text!r} must have exactly one <mask>")
+    if not texts or arguments.top_k < 1:
+        raise UserError("give at least one text with a <mask>, and a --top_k of at least 1")
+    if arguments.model.startswith((".", "/")) and not Path(arguments.model).is_dir():
+        raise UserError(f"no model at {arguments.model}: write one with scripts/export.py")
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        fill = pipeline("fill-mask", model=arguments.model, top_k=arguments.top_k)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.model} is no model that can be loaded: {str(error).splitlines()[0]}") from None
+    for text in texts:
+        print(text)
+        for guess in fill(text, tokenizer_kwargs={"truncation": True}):
+            print(f"    {guess['token_str'].strip():<20}{guess['score']:.3f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# From raw text to a model that fills in masks, in minutes: corpus, tokenizer, shards, training, evaluation, export, predictions.
+#   bash scripts/quickstart.sh                  Kant, or where there is no network, Python's documentation
+#   bash scripts/quickstart.sh --corpus FILE    your own text
+# Finished stages are skipped when it runs again; an interrupted one goes on.
+set -euo pipefail
+usage() { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit "$1"; }
+
+corpus=
+case "${1-}" in
+  --corpus) [ $# = 2 ] || usage 2; corpus=$2
+            [ -f "$corpus" ] || { echo "error: no file at $corpus: give a text, .jsonl or .parquet file" >&2; exit 2; }
+            corpus=$(realpath "$corpus") ;;
+  -h | --help) usage 0 ;;
+  "") ;;
+  *) usage 2 >&2 ;;
+esac
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+
+if [ -n "$corpus" ]; then
+  name=$(basename "$corpus")
+  work=runs/quickstart-${name%.*}-$(cksum < "$corpus" | cut -d' ' -f1)
+else
+  work=runs/quickstart
+  [ -e $work/corpus ] || python scripts/get_corpus.py --output $work/corpus
+  corpus=$work/corpus/corpus.txt
+fi
+case "$corpus" in
+  *.jsonl | *.parquet) document=record ;;
+  *) if grep -qE '^[[:space:]]*$' "$corpus"; then document=paragraph; else document=line; fi ;;
+esac
+
+echo "== tokenizer"
+[ -e "$work/tokenizer" ] || python scripts/train_tokenizer.py --input "$corpus" --output "$work/tokenizer" --vocab_size 4096 --document $document
+echo "== shards"
+[ -e "$work/shards" ] || python scripts/tokenize_corpus.py --input "$corpus" --tokenizer "$work/tokenizer" --output "$work/shards" --document $document --held_out 0.1
+
+echo "== training"
+settings=(--config configs/quickstart.yaml --run_dir="$work/run" --data.shards="$work/shards" --data.tokenizer="$work/tokenizer")
+[ ! -e $work/corpus/prompts.json ] || settings+=(--evaluation.prompts="$(cat "$work/corpus/prompts.json")")
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+if [ "$gpus" -gt 0 ]; then launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$gpus")
+else launch=(--config_file configs/accelerate/cpu.yaml); fi
+if [ ! -e "$work/model" ]; then
+  python scripts/pretrain.py "${settings[@]}" --check # what is wrong with the input is said here, before any rank starts
+  cores=$(nproc)
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))} accelerate launch "${launch[@]}" scripts/pretrain.py "${settings[@]}"
+fi
+
+echo "== evaluation"
+once() { # FILE COMMAND...: what a command printed, from the file when it ran before
+  if [ ! -e "$1" ]; then "${@:2}" > "$1.partial" && mv "$1.partial" "$1"; fi
+  cat "$1"
+}
+once "$work/evaluation.txt" python scripts/evaluate.py "$work/run"
+echo "== export"
+[ -e "$work/model" ] || python scripts/export.py "$work/run" --output "$work/model"
+echo "== predictions"
+once "$work/predictions.txt" python scripts/fill_mask.py "./$work/model" --prompts "$work/run/prompts.json"
+
+cat <<EOF
+
+corpus       $corpus
+tokenizer    $work/tokenizer
+shards       $work/shards
+run          $work/run  (checkpoints, metrics.jsonl)
+model        $work/model  (load it with transformers.pipeline("fill-mask", "$work/model"))
+curves       .venv/bin/tensorboard --logdir $work/run/tensorboard
+your turn    .venv/bin/python scripts/fill_mask.py ./$work/model "... <mask> ..."
+EOF

@@ -1,0 +1,78 @@
+"""The one-way rule of the package: imports go down the floors, and the heavy libraries stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kantai"
+
+# kantai/__init__.py (UserError, run_command) lies below all of them.
+FLOORS = (
+    ("config", "cluster", "metrics", "checkpoint", "rng"),
+    ("corpus", "starter", "tokenizer", "shards", "order", "batches", "masking"),
+    ("data", "model", "optim"),
+    ("rundir", "engine", "evaluate"),
+    ("train", "export"),
+)
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, wherever in it; ``from a import b`` counts as ``a`` and ``a.b``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = ".".join(filter(None, ("kantai" if node.level else "", node.module)))
+            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return names
+
+
+def libraries(path: Path) -> set[str]:
+    """Top-level packages that a file imports."""
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def siblings(path: Path) -> set[str]:
+    """Modules of kantai that a file imports."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("kantai.")} & FLOOR_OF.keys()
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")} == {"__init__", *FLOOR_OF}
+
+
+def test_the_bottom_imports_nothing_of_ours() -> None:
+    assert siblings(PACKAGE / "__init__.py") == set()
+
+
+@pytest.mark.parametrize("module", FLOOR_OF)
+def test_imports_go_down_the_floors(module: str) -> None:
+    not_below = {other for other in siblings(PACKAGE / f"{module}.py") if FLOOR_OF[other] >= FLOOR_OF[module]}
+    assert not not_below, f"{module} (floor {FLOOR_OF[module]}) imports {not_below}"
+
+
+@pytest.mark.parametrize("module", FLOOR_OF)
+def test_heavy_libraries_stay_where_they_belong(module: str) -> None:
+    found = libraries(PACKAGE / f"{module}.py")
+    if FLOOR_OF[module] < 2:
+        assert found.isdisjoint({"torch", "transformers", "safetensors"})
+    if module != "engine":
+        assert found.isdisjoint({"accelerate", "deepspeed"})
+
+
+def test_looking_at_a_run_needs_no_torch() -> None:
+    """``pretrain.py --check`` and every complaint about bad input come before the seconds that torch takes."""
+    code = "import sys, kantai.rundir; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout == "quick\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_scripts_only_parse_and_call(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 50

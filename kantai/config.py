@@ -67,6 +67,9 @@ class Model(Section):
     hidden_dropout_prob: Probability = Field(0.1, description="dropout on hidden states")
     attention_probs_dropout_prob: Probability = Field(0.1, description="dropout on attention weights")
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    position_init: Literal["normal", "sinusoidal"] = Field(
+        "normal", description="initial position embeddings; sinusoidal: as learnable as ever, but a shift is a rotation from the start"
+    )
     layer_norm_eps: float = Field(1e-5, gt=0, description="epsilon of the layer norms")
     vocab_size: Positive | None = Field(
         None, description="rows of the embedding; default: the tokenizer's size, rounded up to a multiple of 64"

@@ -40,7 +40,7 @@ def export(run_dir: RunDir, model: MaskedRoberta, update: int, output: Path) -> 
         (folder / "README.md").write_text(_card(run_dir, model, lineage), encoding="utf-8")
         difference = _difference(run_dir, model, folder)
         if not difference <= _MOST_DIFFERENCE:
-            raise UserError(f"the exported model's logits differ from the trained one's by {difference}: nothing was written to {output}")
+            raise UserError(f"the exported model's logits differ from the trained one's by {difference}: {output} was not written")
     return difference
 
 
@@ -82,7 +82,8 @@ def _card(run_dir: RunDir, model: MaskedRoberta, lineage: dict[str, Any]) -> str
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
-            f"# {run_dir.path.name}\n\nA RoBERTa masked language model, pretrained from scratch with kantai {lineage['versions']['kantai']}.\n",
+            f"# {run_dir.path.name}\n\nA RoBERTa masked language model, pretrained from scratch",
+            f"with kantai {lineage['versions']['kantai']}.\n",
             "| | |\n|---|---|",
             *(f"| {key} | {value} |" for key, value in rows.items()),
             "\n## Lineage\n\nSHA-256 of what decided the result.\n\n| | |\n|---|---|",

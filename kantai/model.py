@@ -57,9 +57,9 @@ def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRobert
     """A freshly initialised model; the weights are a function of the config's seed."""
     model, seq_len = config.model, config.data.seq_len
     rounded = -(-vocabulary.size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-    shape = model.model_dump(exclude={"vocab_size", "max_position_embeddings"})
+    shape = model.model_dump(exclude={"vocab_size", "max_position_embeddings", "position_init"})
     torch.manual_seed(config.seed)
-    return MaskedRoberta(
+    built = MaskedRoberta(
         RobertaConfig(
             **shape,
             vocab_size=model.vocab_size or rounded,
@@ -72,6 +72,9 @@ def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRobert
             architectures=["RobertaForMaskedLM"],
         )
     )
+    if model.position_init == "sinusoidal":
+        _set_sinusoidal(built.roberta.embeddings.position_embeddings, model.initializer_range)
+    return built
 
 
 def as_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -95,6 +98,16 @@ def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:
             if name not in weights or weights[name].shape != parameter.shape:
                 raise UserError(f"{checkpoint} has no {name} of shape {list(parameter.shape)}: it is of another model")
             parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def _set_sinusoidal(embedding: nn.Embedding, root_mean_square: float) -> None:
+    """Sines and cosines of geometrically falling frequencies (Vaswani et al. 2017, section 3.5); the padding's row stays 0."""
+    first = (embedding.padding_idx or 0) + 1
+    places = torch.arange(embedding.num_embeddings - first)[:, None]
+    dimensions = torch.arange(embedding.embedding_dim)
+    angles = places * 10_000.0 ** -(dimensions // 2 * 2 / embedding.embedding_dim)
+    embedding.weight[first:] = torch.where(dimensions % 2 == 0, angles.sin(), angles.cos()) * (root_mean_square * 2**0.5)
 
 
 def training_flops(shape: RobertaConfig, tokens: int, attended_pairs: int, masked: int) -> int:

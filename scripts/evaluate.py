@@ -5,12 +5,8 @@ python scripts/evaluate.py runs/quickstart/run
 
 import argparse
 
-import torch
-
 from kantai import run_command
 from kantai.config import BatchPlan
-from kantai.evaluate import held_out_score
-from kantai.model import as_inputs, build_model, load_weights
 from kantai.rundir import open_saved_run
 
 
@@ -20,6 +16,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run_dir, update = open_saved_run(arguments.run)
+    import torch
+
+    from kantai.evaluate import held_out_score
+    from kantai.model import as_inputs, build_model, load_weights
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run_dir.config, run_dir.data.vocabulary)
     load_weights(model, run_dir.store.path(update))

@@ -2,19 +2,20 @@
 # From raw text to a model that fills in masks, in minutes: corpus, tokenizer, shards, training, evaluation, export, predictions.
 #   bash scripts/quickstart.sh                  Kant, or where there is no network, Python's documentation
 #   bash scripts/quickstart.sh --corpus FILE    your own text
+# Settings of configs/quickstart.yaml may follow: --training.total_updates=4000
 # Finished stages are skipped when it runs again; an interrupted one goes on.
 set -euo pipefail
-usage() { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit "$1"; }
 
-corpus=
-case "${1-}" in
-  --corpus) [ $# = 2 ] || usage 2; corpus=$2
-            [ -f "$corpus" ] || { echo "error: no file at $corpus: give a text, .jsonl or .parquet file" >&2; exit 2; }
-            corpus=$(realpath "$corpus") ;;
-  -h | --help) usage 0 ;;
-  "") ;;
-  *) usage 2 >&2 ;;
-esac
+corpus= overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --corpus) [ -f "${2-}" ] || { echo "error: no file at '${2-}': give --corpus a text, .jsonl or .parquet file" >&2; exit 2; }
+              corpus=$(realpath "$2"); shift 2 ;;
+    --*.*=*) overrides+=("$1"); shift ;;
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "error: cannot read the argument '$1'; see bash scripts/quickstart.sh --help" >&2; exit 2 ;;
+  esac
+done
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
@@ -39,13 +40,14 @@ echo "== shards"
 echo "== training"
 settings=(--config configs/quickstart.yaml --run_dir="$work/run" --data.shards="$work/shards" --data.tokenizer="$work/tokenizer")
 [ ! -e $work/corpus/prompts.json ] || settings+=(--evaluation.prompts="$(cat "$work/corpus/prompts.json")")
+settings+=("${overrides[@]}")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if [ "$gpus" -gt 0 ]; then launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$gpus")
 else launch=(--config_file configs/accelerate/cpu.yaml); fi
 if [ ! -e "$work/model" ]; then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > 2 ? $(nproc) / 2 : 1))} # or two ranks fight over the cores
   python scripts/pretrain.py "${settings[@]}" --check # what is wrong with the input is said here, before any rank starts
-  cores=$(nproc)
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))} accelerate launch "${launch[@]}" scripts/pretrain.py "${settings[@]}"
+  accelerate launch "${launch[@]}" scripts/pretrain.py "${settings[@]}"
 fi
 
 echo "== evaluation"

@@ -1,11 +1,14 @@
 """Run kantai's programs as a user would."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
@@ -43,6 +46,14 @@ def pretrain(launcher: str | None, *arguments: object, processes: int = 2) -> st
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def kill_at_once(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the launcher and its ranks, which are in sessions of their own."""
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
 def metrics(run_dir: Path, name: str) -> list[float]:

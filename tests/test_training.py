@@ -1,14 +1,12 @@
 """One run, whatever it runs on and whatever happens to it: real launchers, real gloo ranks, real kills."""
 
-import contextlib
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from commands import ENVIRONMENT, ROOT, metrics, pretrain, pretrain_command
+from commands import ENVIRONMENT, ROOT, kill_at_once, metrics, pretrain, pretrain_command
 from safetensors.numpy import load_file
 
 from kantai.checkpoint import CheckpointStore, verify
@@ -40,14 +38,6 @@ def state(run: Path, update: int) -> dict[str, object]:
     folder = CheckpointStore(run).path(update)
     verify(folder)
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def kill_at_once(process: subprocess.Popen[str]) -> None:
-    """SIGKILL the launcher and its ranks, which are in sessions of their own."""
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
 
 
 def assert_same_run(run: Path, reference: Path, tolerance: float) -> None:
@@ -89,9 +79,9 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(data_argu
     pretrain("cpu", *data_arguments, f"--run_dir={straight}")
     checkpoints = killed / "checkpoints"
     moments = [
-        lambda: (killed / "metrics.jsonl").exists(),  # before the first checkpoint
+        (killed / "metrics.jsonl").exists,  # before the first checkpoint
         lambda: any(checkpoints.glob(".update-*.partial")),  # within a save
-        lambda: (checkpoints / "update-00000004").exists(),  # just after one
+        (checkpoints / "update-00000004").exists,  # just after one
     ]
     for moment in moments:
         process = subprocess.Popen(

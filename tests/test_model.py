@@ -1,0 +1,132 @@
+"""The model is the stock one, and its loss the stock loss, computed on fewer positions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import RobertaForMaskedLM
+
+from kantai.batches import Batch
+from kantai.config import BatchPlan, Config, load_config
+from kantai.data import open_data
+from kantai.masking import IGNORED_LABEL
+from kantai.model import MaskedRoberta, as_inputs, build_model, training_flops
+from kantai.optim import build_optimizer, learning_rate
+from kantai.tokenizer import load_tokenizer
+
+SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.intermediate_size=64", "--data.seq_len=32"]
+
+
+@pytest.fixture(params=["contiguous", "padded"])
+def config(request: pytest.FixtureRequest, shards_dir: Path, tokenizer_dir: Path) -> Config:
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--data.packing={request.param}"]
+    return load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where])
+
+
+def model_and_batch(config: Config) -> tuple[MaskedRoberta, Batch]:
+    data = open_data(config)
+    return build_model(config, data.vocabulary).eval(), data.training_batches(BatchPlan(6, 6, 1)).micro_batch(3, 0, 0)
+
+
+def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Config) -> None:
+    model, batch = model_and_batch(config)
+    inputs = as_inputs(batch, torch.device("cpu"))
+    loss_sum, correct = model(**inputs)
+    masked = int((batch.labels != IGNORED_LABEL).sum())
+    (loss_sum / masked).backward()
+
+    stock = RobertaForMaskedLM(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    labels = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
+    for row, positions in enumerate(inputs["masked_positions"]):
+        for position, label in zip(positions, inputs["labels"][row], strict=True):
+            if label != IGNORED_LABEL:
+                labels[row, position] = label
+    out = stock(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), labels=labels)
+    out.loss.backward()
+
+    assert (loss_sum / masked).item() == pytest.approx(out.loss.item(), abs=1e-6)
+    assert correct.item() == ((out.logits.argmax(-1) == labels) & (labels != IGNORED_LABEL)).sum().item()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
+
+
+def test_padding_changes_nothing(config: Config) -> None:
+    model, batch = model_and_batch(config)
+    inputs = as_inputs(batch, torch.device("cpu"))
+    if "attention_mask" not in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    before, _ = model(**inputs)
+    room = 32 - inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (0, room), value=1)
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, room), value=False)
+    after, _ = model(**inputs)
+    assert before.item() == pytest.approx(after.item(), rel=1e-5)
+
+
+def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path) -> None:
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    model, batch = model_and_batch(load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where]))
+    model.set_attn_implementation("eager")  # the counter knows no fused attention of the CPU
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss_sum, _ = model(**as_inputs(batch, torch.device("cpu")))
+        loss_sum.backward()
+    # The head computes every slot, those that a row does not fill included.
+    assert counter.get_total_flops() == training_flops(model.config, batch.tokens, batch.attended_pairs, batch.labels.size)
+
+
+def test_the_tutorials_model_has_its_83504416_parameters(tokenizer_dir: Path) -> None:
+    config = load_config(ROOT / "configs/tutorial.yaml")
+    model = build_model(config, load_tokenizer(tokenizer_dir))
+    assert model.num_parameters() == 83_504_416
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_64_and_the_positions_fit(config: Config) -> None:
+    model, _ = model_and_batch(config)
+    assert model.config.vocab_size == 1024  # of 1000
+    assert model.config.max_position_embeddings == 34
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_sinusoidal_positions_make_a_shift_a_rotation(config: Config) -> None:
+    changed = config.model_copy(update={"model": config.model.model_copy(update={"position_init": "sinusoidal"})})
+    table = model_and_batch(changed)[0].roberta.embeddings.position_embeddings.weight.detach()
+    places = table[2:]
+    assert places.square().mean().sqrt().item() == pytest.approx(config.model.initializer_range, rel=1e-4)
+    products = places @ places.T  # depends on the distance alone
+    for distance in (1, 5, 20):
+        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
+
+
+def test_biases_and_norms_do_not_decay(config: Config) -> None:
+    model, _ = model_and_batch(config)
+    decayed, kept = build_optimizer(model, config.optimizer).param_groups
+    assert decayed["weight_decay"] == 0.01
+    assert kept["weight_decay"] == 0.0
+    kept_ids = {id(p) for p in kept["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in kept_ids}
+    assert names == {name for name, _ in model.named_parameters() if name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 9: 0.5, 13: 0.1}),
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 9: 0.5, 13: 0.0244717}),
+        ("wsd", {0: 0.25, 3: 1.0, 4: 1.0, 9: 1.0, 10: 1.0, 11: 0.75, 13: 0.25}),
+    ],
+)
+def test_learning_rates(schedule: str, rates: dict[int, float]) -> None:
+    arguments = [
+        f"--optimizer.schedule={schedule}",
+        "--optimizer.learning_rate=1",
+        "--optimizer.warmup_updates=4",
+        "--optimizer.decay_updates=4",
+    ]
+    config = load_config(ROOT / "configs/quickstart.yaml", arguments)
+    for update, rate in rates.items():
+        assert learning_rate(config.optimizer, update, 14) == pytest.approx(rate, rel=1e-5)

@@ -1,0 +1,143 @@
+"""The tokenizer that we train is the tokenizer that transformers loads: same ids, same special tokens, same limits."""
+
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, RobertaTokenizerFast
+
+from kantai import UserError
+from kantai.corpus import documents
+from kantai.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer, train_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "  two leading spaces",
+    "trailing space ",
+    "The Critique of Pure Reason.",
+    "return the <mask> of the object",
+    "return the<mask>of the object",
+    "<mask> first, last <mask>",
+    "two <mask> <mask> in a row",
+    "tabs\tand\nnewlines\r\n\r\n and   runs   of   spaces",
+    "don't, I'll, we've: contractions",
+    "1234567890 3.14 1e-6",
+    "Königsberg, naïve, façade, coöperate",
+    "Критика чистого разума",
+    "純粋理性批判",
+    "نقد العقل المحض",
+    "🙂👩‍👩‍👧‍👦🇩🇪 and combining e\u0301",
+    "non-breaking\u00a0space, zero\u200bwidth, BOM\ufeff, \u2028 line separator",
+    "\x01 control \x7f",
+    "</s> written out, <s> too, <pad> and <unk>",
+    "<MASK> < mask> <mask",
+    "x" * 600,
+    "word " * 600,
+]
+
+# The five words have 22 joints between letters, each of which becomes an entry beside the specials and bytes.
+FREQUENT = ["The Critique of Pure Reason. Critique of Reason, of Pure Reason."] * 20
+# The tutorial's own text and what training on it gave, where KANTAI_CORPUS names the file.
+KANT = [(documents([Path(os.environ["KANTAI_CORPUS"])], "line"), 11_565)] if "KANTAI_CORPUS" in os.environ else []
+
+
+@pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
+def test_transformers_gives_the_same_ids(loader: type, tokenizer_dir: Path, corpus_file: Path) -> None:
+    ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
+    for text in [*TEXTS, *documents([corpus_file], "paragraph")]:
+        assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids, text
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
+
+
+@pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
+def test_transformers_knows_its_special_tokens_and_limits(loader: type, tokenizer_dir: Path) -> None:
+    ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
+    assert theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(ours.special_ids) == [0, 1, 2, 3, 4]
+    assert (theirs.bos_token, theirs.cls_token, theirs.eos_token, theirs.sep_token) == ("<s>", "<s>", "</s>", "</s>")
+    assert (theirs.pad_token_id, theirs.unk_token_id, theirs.mask_token_id) == (1, 3, 4)
+    assert len(theirs) == theirs.vocab_size == ours.size == 1000
+    assert theirs.model_max_length == 512
+    assert theirs("a", "b")["input_ids"] == ours.tokenizer.encode("a", "b").ids
+
+
+def test_ids_of_texts_have_no_special_tokens_and_decode_to_the_texts(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    texts = [text for text in TEXTS if "<" not in text]
+    for text, ids in zip(texts, vocabulary.encode(texts), strict=True):
+        assert set(ids).isdisjoint(vocabulary.special_ids)
+        assert vocabulary.tokenizer.decode(ids) == text
+
+
+def test_mask_takes_the_space_before_it(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    for text in ("a <mask> of", "a<mask> of"):
+        assert [vocabulary.tokenizer.id_to_token(token) for token in vocabulary.encode([text])[0]] == ["a", "<mask>", "Ġof"]
+
+
+def test_two_trainings_give_the_same_files(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
+    save_tokenizer(train_tokenizer(documents([corpus_file], "paragraph"), 1000, 2), tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    assert filecmp.cmpfiles(tmp_path, tokenizer_dir, names, shallow=False) == (names, [], [])
+
+
+@pytest.mark.parametrize(("texts", "entries"), [(FREQUENT, 261 + 22), *KANT])
+def test_words_of_the_corpus_become_one_token_each(texts: Iterable[str], entries: int) -> None:
+    tokenizer = train_tokenizer(texts, 52_000, 2)
+    assert tokenizer.get_vocab_size() == entries
+    assert tokenizer.encode("The Critique of Pure Reason.").tokens == "<s> The ĠCritique Ġof ĠPure ĠReason . </s>".split()
+
+
+def test_small_corpus_fills_fewer_entries_than_allowed() -> None:
+    assert train_tokenizer(["abab"], 52_000, 2).get_vocab_size() == 262  # and every byte is there, seen or not
+    assert train_tokenizer(["abab"], 52_000, 3).get_vocab_size() == 261
+
+
+def test_fingerprint_names_vocabulary_and_merges(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
+    ours = load_tokenizer(tokenizer_dir)
+    AutoTokenizer.from_pretrained(str(tokenizer_dir)).save_pretrained(tmp_path / "resaved")
+    assert load_tokenizer(tmp_path / "resaved").fingerprint == ours.fingerprint
+
+    prints = {ours.fingerprint}
+    for number, (vocab_size, min_frequency) in enumerate([(999, 2), (1000, 500)]):
+        (tmp_path / str(number)).mkdir()
+        save_tokenizer(train_tokenizer(documents([corpus_file], "paragraph"), vocab_size, min_frequency), tmp_path / str(number))
+        prints.add(load_tokenizer(tmp_path / str(number)).fingerprint)
+    shutil.copytree(tokenizer_dir, tmp_path / "merged")
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"][-2:] = reversed(content["model"]["merges"][-2:])
+    (tmp_path / "merged" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    prints.add(load_tokenizer(tmp_path / "merged").fingerprint)
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(("vocab_size", "min_frequency"), [(260, 2), (0, 2), (-1, 2), (1000, 0)])
+def test_numbers_that_cannot_be_are_refused(vocab_size: int, min_frequency: int) -> None:
+    with pytest.raises(UserError, match=r"--vocab_size .* is too small|--min_frequency 0 must be at least 1"):
+        train_tokenizer(["text"], vocab_size, min_frequency)
+
+
+def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=f"no tokenizer at {folder}"):
+            load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"not JSON", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    content = (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8")
+    with pytest.raises(UserError, match="lacks <pad> <mask>"):
+        load_tokenizer(tmp_path)

@@ -1,10 +1,14 @@
 """Which documents? Text files, JSON lines and Parquet, cut into lines, paragraphs, files or records."""
 
+import argparse
 import glob
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from tqdm import tqdm
 
 from kantai import UserError
 
@@ -67,6 +71,22 @@ def documents(files: Sequence[Path], unit: Unit | None = None, text_field: str =
         else:
             texts = _lines(path)
         yield from (text for text in texts if text and not text.isspace())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments by which a program is told of a corpus; see :func:`documents`."""
+    parser.add_argument("--input", nargs="+", required=True, help="text, .jsonl or .parquet files, directories, quoted globs")
+    parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of .jsonl and .parquet)")
+    parser.add_argument("--text_field", default="text", help="field of a record that has its text (default text)")
+
+
+def with_bar(texts: Iterable[str], files: Sequence[Path]) -> Iterator[str]:
+    """Pass the documents of files on, with a progress bar in bytes on a terminal."""
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text.encode()))
 
 
 def _lines(path: Path) -> Iterator[str]:

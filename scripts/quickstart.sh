@@ -24,7 +24,7 @@ if [ -n "$corpus" ]; then
   work=runs/quickstart-${name%.*}-$(cksum < "$corpus" | cut -d' ' -f1)
 else
   work=runs/quickstart
-  [ -e $work/corpus ] || python scripts/get_corpus.py --output $work/corpus
+  [ -e $work/corpus ] || python scripts/get_corpus.py --output $work/corpus # Kant once, or what every Python carries
   corpus=$work/corpus/corpus.txt
 fi
 case "$corpus" in
@@ -39,11 +39,11 @@ echo "== shards"
 
 echo "== training"
 settings=(--config configs/quickstart.yaml --run_dir="$work/run" --data.shards="$work/shards" --data.tokenizer="$work/tokenizer")
-[ ! -e $work/corpus/prompts.json ] || settings+=(--evaluation.prompts="$(cat "$work/corpus/prompts.json")")
+[ ! -e "$work/corpus" ] || settings+=(--evaluation.prompts="$(cat "$work/corpus/prompts.json")")
 settings+=("${overrides[@]}")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if [ "$gpus" -gt 0 ]; then launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$gpus")
-else launch=(--config_file configs/accelerate/cpu.yaml); fi
+else launch=(--config_file configs/accelerate/cpu.yaml); export DS_ACCELERATOR=cpu; fi # or DeepSpeed warns that it found no GPU
 if [ ! -e "$work/model" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > 2 ? $(nproc) / 2 : 1))} # or two ranks fight over the cores
   python scripts/pretrain.py "${settings[@]}" --check # what is wrong with the input is said here, before any rank starts

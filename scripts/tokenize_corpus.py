@@ -4,31 +4,25 @@ python scripts/tokenize_corpus.py --input corpus.txt --tokenizer tokenizer --out
 """
 
 import argparse
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from kantai import run_command
-from kantai.corpus import UNITS, documents, find_files
+from kantai.corpus import add_arguments, documents, find_files, with_bar
 from kantai.shards import write_shards
 from kantai.tokenizer import load_tokenizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="text, .jsonl or .parquet files, directories, quoted globs")
+    add_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of .jsonl and .parquet)")
-    parser.add_argument("--text_field", default="text", help="field of a record that has its text (default text)")
     parser.add_argument("--held_out", type=float, default=0.01, help="share of the documents that is never trained on (default 0.01)")
     arguments = parser.parse_args()
 
     files = find_files(arguments.input)
     vocabulary = load_tokenizer(arguments.tokenizer)
-    texts = with_bar(documents(files, arguments.document, arguments.text_field), sum(file.stat().st_size for file in files))
+    texts = with_bar(documents(files, arguments.document, arguments.text_field), files)
     manifest = write_shards(
         texts,
         arguments.output,
@@ -41,13 +35,6 @@ def main() -> None:
     )
     for name, split in manifest["splits"].items():
         print(f"{arguments.output} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
-
-
-def with_bar(texts: Iterable[str], total_bytes: int) -> Iterator[str]:
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text.encode()))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ from pathlib import Path
 
 from kantai import UserError, run_command
 from kantai.checkpoint import staged
-from kantai.corpus import UNITS, documents, find_files
+from kantai.corpus import add_arguments, documents, find_files
 from kantai.tokenizer import save_tokenizer, train_tokenizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="text, .jsonl or .parquet files, directories, quoted globs")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--vocab_size", type=int, default=52_000, help="most entries (default 52000)")
     parser.add_argument("--min_frequency", type=int, default=2, help="occurrences that make a pair an entry (default 2)")
-    parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of .jsonl and .parquet)")
-    parser.add_argument("--text_field", default="text", help="field of a record that has its text (default text)")
     arguments = parser.parse_args()
 
     with staged(arguments.output, kind="tokenizer") as folder:

@@ -128,6 +128,7 @@ def test_empty_file_is_named(tmp_path: Path) -> None:
         ),
         ("number.jsonl", b'{"text": 5}\n', "record", r"number\.jsonl record 1 .* 'text'"),
         ("list.jsonl", b'["text"]\n', None, r"list\.jsonl record 1 .* 'text'"),
+        ("surrogate.jsonl", b'{"text": "fine"}\n{"text": "half a pair: \\ud83d"}\n', None, r"surrogate\.jsonl (line|record) 2 "),
         ("no.parquet", b"PAR1 but not really", None, r"no\.parquet is not a readable Parquet file"),
     ],
 )
@@ -142,6 +143,14 @@ def test_parquet_without_text_in_its_field_is_named(tmp_path: Path, values: dict
     pq.write_table(pa.table(values), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet record \d .*'text'"):
         list(documents([tmp_path / "a.parquet"]))
+
+
+def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
+    offsets = pa.array([0, 4], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer("Über".encode("latin-1"))])
+    pq.write_table(pa.table({"text": column}), tmp_path / "latin1.parquet")
+    with pytest.raises(UserError, match=r"latin1\.parquet"):
+        list(documents([tmp_path / "latin1.parquet"]))
 
 
 @pytest.mark.parametrize(

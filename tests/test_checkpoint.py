@@ -1,0 +1,282 @@
+"""Nothing half-written: a folder is there whole and verified, or not at all, whenever the process that writes it dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kantai import UserError
+from kantai.checkpoint import CheckpointStore, Damaged, begin, digest, publish, read_manifest, record, sha256, staged, verify
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env.pop("RANK", None)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+def seal(target: Path, **files: str) -> Path:
+    with staged(target, kind="test") as folder:
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    return target
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "parents" / "model"
+    with staged(target, kind="test", about="ä") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a.bin").write_bytes(b"123")
+        (folder / "b.txt").write_text("")
+        assert not target.exists()
+    assert names(target.parent) == ["model"]
+    assert names(target) == ["b.txt", "deep", "manifest.json"]
+    assert verify(target) == {
+        "kind": "test",
+        "about": "ä",
+        "files": {
+            "b.txt": {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
+            "deep/a.bin": {"bytes": 3, "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"},
+        },
+    }
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), staged(tmp_path / "model") as folder:
+        (folder / "a").write_text("half")
+        raise failure
+    assert names(tmp_path) == []
+
+
+def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
+    target = seal(tmp_path / "model", a="first")
+    with pytest.raises(UserError, match="model exists already; remove it or choose another output"):
+        seal(target, a="second")
+    assert (target / "a").read_text() == "first" and names(tmp_path) == ["model"]
+
+
+def test_sigkill_leaves_a_hidden_folder_that_the_next_attempt_removes(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib, signal
+from kantai.checkpoint import staged
+with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_python(code).returncode == -signal.SIGKILL
+    assert names(tmp_path) == [".model.partial"]
+    seal(tmp_path / "model", a="whole")
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["a", "manifest.json"]
+
+
+def test_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """/dev/full answers every write as a full disk does."""
+    code = f"""
+import pathlib
+from kantai import run_command
+from kantai.checkpoint import staged
+def main():
+    with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
+        (folder / "first").write_text("fits")
+        (folder / "second").symlink_to("/dev/full")
+        (folder / "second").write_text("does not")
+run_command(main)
+"""
+    ran = run_python(code)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "error: no space left on the device: free some and run the same command again\n"
+    assert names(tmp_path) == []
+
+
+def test_full_disk_is_said_in_one_line_by_a_library_written_in_rust(tmp_path: Path) -> None:
+    """Such libraries raise exceptions of their own, not OSError."""
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    code = f"""
+import pathlib
+from kantai import run_command
+from kantai.tokenizer import save_tokenizer, train_tokenizer
+run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path({str(tmp_path)!r})))
+"""
+    ran = run_python(code)
+    assert (ran.returncode, ran.stderr) == (2, "error: no space left on the device: free some and run the same command again\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        ("UserError('two\\nlines')", "error: two lines\n"),
+        # What safetensors raises on a full disk.
+        (
+            "__import__('safetensors').SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')",
+            "error: no space left on the device: free some and run the same command again\n",
+        ),
+        ("PermissionError(13, 'Permission denied', '/root/x')", "error: Permission denied: /root/x\n"),
+        (
+            "OSError(28, 'No space left on device', '/data/x')",
+            "error: no space left on /data/x: free some and run the same command again\n",
+        ),
+    ],
+)
+def test_commands_fail_in_one_line(raised: str, message: str) -> None:
+    ran = run_python(f"from kantai import UserError, run_command\ndef main():\n    raise {raised}\nrun_command(main)")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", message)
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input() -> None:
+    ran = run_python("from kantai import run_command\ndef main():\n    raise RuntimeError('a bug')\nrun_command(main)")
+    assert ran.returncode == 1 and "Traceback" in ran.stderr and "RuntimeError: a bug" in ran.stderr
+
+
+def test_digest_depends_on_values_alone() -> None:
+    value = {"b": [1, 2.5, None], "a": {"y": "ä", "x": True}}
+    assert digest(value) == digest({"a": {"x": True, "y": "ä"}, "b": [1, 2.5, None]})
+    others = [{}, [], "", None, value | {"c": 1}, value | {"b": [2.5, 1, None]}, value | {"b": ["1", 2.5, None]}]
+    assert len({digest(other) for other in [value, *others]}) == len(others) + 1
+
+
+def flip_a_bit(path: Path) -> None:
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def be_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "without_hashes"),
+    [
+        (flip_a_bit, "fails its checksum", False),
+        (append, "has 6 bytes, not 5", True),
+        (Path.unlink, "is missing", True),
+        (be_a_folder, "is missing", True),
+    ],
+)
+def test_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str, without_hashes: bool) -> None:
+    target = seal(tmp_path / "model", a="first", b="other")
+    damage(target / "b")
+    with pytest.raises(Damaged, match=f"{target / 'b'} {message}"):
+        verify(target)
+    if without_hashes:
+        with pytest.raises(Damaged, match=f"{target / 'b'} {message}"):
+            verify(target, hashes=False)
+    else:
+        assert verify(target, hashes=False)["kind"] == "test"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "null", "{}", '{"files": []}', '{"files": {"a": 5}}', '{"files": {"a": {"bytes": 1}}}', "[" * 100_000]
+)
+def test_damaged_manifest_is_named(tmp_path: Path, content: str | None) -> None:
+    target = seal(tmp_path / "model", a="first")
+    if content is None:
+        (target / "manifest.json").unlink()
+    else:
+        (target / "manifest.json").write_text(content)
+    for reading in (read_manifest, verify):
+        with pytest.raises(Damaged, match=r"model/manifest\.json is missing or unreadable"):
+            reading(target)
+
+
+def make_checkpoints(run_dir: Path, *updates: int) -> CheckpointStore:
+    store = CheckpointStore(run_dir)
+    for update in updates:
+        with staged(store.path(update), kind="checkpoint", update=update) as folder:
+            (folder / "state").write_text(f"state {update}")
+    return store
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.prune(2)
+    assert store.updates() == [] and store.newest_valid() is None
+
+
+def test_checkpoints_are_in_the_order_of_their_updates(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 100_000_000, 20, 3, 100)
+    for other in ("damaged-update-00000200", ".update-00000300.partial", "update-new"):
+        (store.folder / other).mkdir()
+    assert store.updates() == [3, 20, 100, 100_000_000]
+    assert store.newest_valid() == (100_000_000, verify(store.path(100_000_000)))
+
+
+def test_damaged_checkpoints_are_passed_over_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = make_checkpoints(tmp_path, 1, 2, 3)
+    flip_a_bit(store.path(3) / "state")
+    (store.path(2) / "manifest.json").unlink()
+
+    found = store.newest_valid()
+    assert found is not None and (found[0], found[1]["update"]) == (1, 1)
+    assert store.updates() == [1, 2, 3]  # only looked at
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["checkpoint 3 is damaged and not used", "checkpoint 2 is damaged and not used"]
+    assert "update-00000003/state fails its checksum" in said[0] and "update-00000002/manifest.json is missing" in said[1]
+
+    assert store.newest_valid(set_aside=True) == found
+    assert names(store.folder) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
+    make_checkpoints(tmp_path, 3)
+    flip_a_bit(store.path(3) / "state")
+    assert store.newest_valid(set_aside=True) == found  # a second time under the same name
+    assert names(store.folder) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
+
+
+def test_no_valid_checkpoint_is_none(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 1)
+    (store.path(1) / "state").unlink()
+    assert store.newest_valid(set_aside=True) is None and store.updates() == []
+
+
+@pytest.mark.parametrize(("keep", "left"), [(2, [30, 40]), (3, [20, 30, 40]), (4, [10, 20, 30, 40]), (9, [10, 20, 30, 40])])
+def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
+    store = make_checkpoints(tmp_path, 10, 20, 30, 40)
+    store.prune(keep)
+    assert store.updates() == left and len(names(store.folder)) == len(left)
+    for update in left:
+        verify(store.path(update))
+
+
+def test_what_killed_processes_left_is_harmless_and_goes(tmp_path: Path) -> None:
+    """A kill within prune leaves a hidden checkpoint with files missing; one within a save, a hidden one without a manifest."""
+    store = make_checkpoints(tmp_path, 1, 2, 3)
+    shutil.copytree(store.path(1), store.folder / ".update-00000001.partial")
+    (store.folder / ".update-00000001.partial" / "state").unlink()
+    shutil.rmtree(store.path(1))
+    (begin(store.path(4)) / "state").write_text("half")
+
+    assert store.updates() == [2, 3]
+    assert store.newest_valid() == (3, verify(store.path(3)))
+    make_checkpoints(tmp_path, 4)
+    store.prune(2)
+    assert names(store.folder) == ["update-00000003", "update-00000004"]
+    verify(store.path(4))
+
+
+def test_ranks_write_into_one_staging_folder(tmp_path: Path) -> None:
+    """How a checkpoint is written: one process begins, each records its own file, one publishes."""
+    target = tmp_path / "update-00000001"
+    folder = begin(target)
+    entries = {}
+    for rank in range(2):
+        (folder / f"state-{rank}").write_text(f"of rank {rank}")
+        entries[f"state-{rank}"] = record(folder / f"state-{rank}")
+    assert not target.exists()
+    publish(folder, target, entries, update=1)
+    assert json.loads((target / "manifest.json").read_text()) == {"update": 1, "files": entries}
+    assert verify(target)["files"]["state-1"] == {"bytes": 9, "sha256": sha256(target / "state-1")}

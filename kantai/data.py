@@ -1,5 +1,6 @@
 """What is the model shown? The stations from shards to masks, put together as a config says. No torch: opening is quick."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from kantai.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer
 
 _EVALUATION_SEED = 0  # held-out masks are the same in every run, so that their losses can be compared
 _DERIVED_PROMPTS = 3
-_PROMPT_TOKENS = (8, 40)
+_PROMPT_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -73,29 +74,24 @@ class Data:
         return Batches(_sequences(self.config, self.vocabulary, self.shards, split), order.at, masker, plan, self.vocabulary.pad_id)
 
     def _derived_prompts(self) -> list[str]:
+        length = min(_PROMPT_TOKENS, self.config.data.seq_len - 2)
+        documents = (shard.tokens[a:b] for shard in self.shards.splits["held_out"] for a, b in itertools.pairwise(shard.boundaries))
+        # Long documents first: short ones are headings as often as not.
+        by_length = sorted((document[:-1] for document in itertools.islice(documents, 1000)), key=lambda document: len(document) < length)
+        prompts = (self._hide_a_word(document[:length].tolist()) for document in by_length)
+        return list(itertools.islice(filter(None, prompts), _DERIVED_PROMPTS))
+
+    def _hide_a_word(self, document: list[int]) -> str | None:
+        """A document's text with ``<mask>`` for a word in its middle that is one token; None where there is none."""
         tokenizer = self.vocabulary.tokenizer
-        prompts: list[str] = []
-        for shard in self.shards.splits["held_out"]:
-            for start, stop in zip(shard.boundaries, shard.boundaries[1:], strict=False):
-                document = shard.tokens[start : min(stop, start + _PROMPT_TOKENS[1])].tolist()
-                document = [token for token in document if token != self.vocabulary.eos_id]
-                words = [tokenizer.id_to_token(token) or "" for token in document]
-                # A word that is one token: it starts with a space, is made of letters, and another word follows.
-                whole = [
-                    place
-                    for place in range(_PROMPT_TOKENS[0] // 2, len(words) - 1)
-                    if words[place].startswith("Ġ")
-                    and words[place][1:].isalpha()
-                    and len(words[place]) > 4
-                    and words[place + 1].startswith("Ġ")
-                ]
-                if len(document) >= _PROMPT_TOKENS[0] and whole:
-                    place = whole[len(whole) // 2]
-                    before, after = tokenizer.decode(document[:place]), tokenizer.decode(document[place + 1 :])
-                    prompts.append(f"{before} {SPECIAL_TOKENS[4]}{after}")
-                if len(prompts) == _DERIVED_PROMPTS:
-                    return prompts
-        return prompts
+        tokens = [tokenizer.id_to_token(token) or "" for token in document]
+        starts = [token.startswith("Ġ") for token in tokens]
+        words = [place for place in range(2, len(tokens) - 1) if starts[place] and starts[place + 1] and len(tokens[place]) > 4]
+        words = [place for place in words if tokens[place][1:].isalpha()]
+        if not words:
+            return None
+        place = words[len(words) // 2]
+        return f"{tokenizer.decode(document[:place])} {SPECIAL_TOKENS[4]}{tokenizer.decode(document[place + 1 :])}"
 
 
 def open_data(config: Config, *, hashes: bool = True) -> Data:

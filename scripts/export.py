@@ -19,9 +19,12 @@ def main() -> None:
     if arguments.output.exists():  # before seconds of imports
         raise UserError(f"{arguments.output} exists already; remove it or choose another output")
     run_dir, update = open_saved_run(arguments.run)
+    from transformers.utils import logging
+
     from kantai.export import export
     from kantai.model import build_model, load_weights
 
+    logging.disable_progress_bar()
     model = build_model(run_dir.config, run_dir.data.vocabulary)
     load_weights(model, run_dir.store.path(update))
     difference = export(run_dir, model, update, arguments.output)

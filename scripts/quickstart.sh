@@ -41,7 +41,7 @@ echo "== training"
 settings=(--config configs/quickstart.yaml --run_dir="$work/run" --data.shards="$work/shards" --data.tokenizer="$work/tokenizer")
 [ ! -e "$work/corpus" ] || settings+=(--evaluation.prompts="$(cat "$work/corpus/prompts.json")")
 settings+=("${overrides[@]}")
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
 if [ "$gpus" -gt 0 ]; then launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$gpus")
 else launch=(--config_file configs/accelerate/cpu.yaml); export DS_ACCELERATOR=cpu; fi # or DeepSpeed warns that it found no GPU
 if [ ! -e "$work/model" ]; then

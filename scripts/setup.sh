@@ -9,7 +9,7 @@ stamp=.venv/kantai-$(cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv (once; some minutes)"
   "$python" -m venv .venv || { echo "error: $python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-  install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+  install() { .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
   # torch first: DeepSpeed's set-up looks for it. DeepSpeed compiles what it needs when it needs it.
   install setuptools wheel ninja py-cpuinfo torch
   DS_BUILD_OPS=0 install --no-build-isolation --editable '.[test]'

@@ -91,12 +91,13 @@ def test_a_row_has_its_mask_wherever_it_stands() -> None:
             assert np.array_equal(getattr(alone, key)[0], expected[place])
 
 
-def test_padding_changes_no_mask() -> None:
-    rows = ordinary_rows(500, 15)
-    padded = np.pad(rows, ((0, 0), (0, 16)), constant_values=PAD)
+@pytest.mark.parametrize("length", [16, 500])
+def test_padding_changes_no_mask(length: int) -> None:
+    rows = ordinary_rows(200, length - 1)
+    padded = np.pad(rows, ((0, 0), (0, length)), constant_values=PAD)
     short, long = mask(ROBERTA, rows), mask(ROBERTA, padded)
-    assert np.array_equal(long.input_ids[:, :16], short.input_ids)
-    assert np.array_equal(is_masked(padded, long)[:, :16], is_masked(rows, short))
+    assert np.array_equal(long.input_ids[:, :length], short.input_ids)
+    assert np.array_equal(is_masked(padded, long)[:, :length], is_masked(rows, short))
 
 
 @pytest.mark.parametrize("other", ["epoch", "sample", "seed"])

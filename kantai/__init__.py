@@ -23,6 +23,8 @@ from collections.abc import Callable
 
 __version__ = "0.1.0"
 
+_NO_SPACE = "no space left on {}: free some and run the same command again"
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
@@ -39,12 +41,17 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(0)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"no space left on {error.filename or 'the device'}: free some and run the same command again")
+            _fail(_NO_SPACE.format(error.filename or "the device"))
         if error.filename is None:
             raise
         _fail(f"{error.strerror}: {error.filename}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        # tokenizers and safetensors write in Rust, and say only in the text of their own exceptions what the system said.
+        if any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            _fail(_NO_SPACE.format("the device"))
+        raise
 
 
 def _fail(message: str) -> None:

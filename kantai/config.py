@@ -3,6 +3,7 @@
 Every key, its type and its default is in this file; ``scripts/pretrain.py --help`` prints them.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -28,7 +29,7 @@ MAY_CHANGE: dict[str, Any] = {"may_change": True}
 class Section(BaseModel):
     """A frozen group of settings that knows no other keys than its own and converts no types silently."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -145,7 +146,7 @@ class Config(Section):
     """A whole run."""
 
     run_dir: str = Field(description="folder of everything the run writes", json_schema_extra=MAY_CHANGE)
-    seed: NotNegative = Field(0, description="of the initial weights, the sample order, the masks and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the sample order, the masks and dropout")
     data: Data
     training: Training
     masking: Masking = Masking()
@@ -204,10 +205,24 @@ class BatchPlan:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as text, for want of a dot; every paper writes it so."""
+    """YAML, but a number may be written 5e-4, as every paper does, and a key may not be given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse what SafeLoader passes over: that a second section of one name replaces the first."""
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that :class:`_Loader` would read as numbers."""
+
+
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -225,6 +240,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"the config {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"the config {path} has no keys; configs/quickstart.yaml is one to start from")
+    tree = {key: value for key, value in tree.items() if value is not None}  # a section with nothing in it
     for override in overrides:
         _lay_over(tree, override)
     try:
@@ -236,7 +252,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write a config so that :func:`load_config` gives it back."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -275,10 +291,10 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
     if match is None:
         raise UserError(f"cannot read the argument {override!r}: settings are given as --section.key=value")
     keys = match[1].split(".")
-    try:
-        value = yaml.load(match[2], _Loader)
-    except (yaml.YAMLError, ValueError):
-        value = match[2]
+    value: Any = match[2]
+    if match[1] not in _TEXTS:  # a folder may be called 2026 or "a #1"
+        with contextlib.suppress(yaml.YAMLError, ValueError):
+            value = yaml.load(value, _Loader)
     for key in keys[:-1]:
         inner = tree.setdefault(key, {})
         if not isinstance(inner, dict):
@@ -303,8 +319,12 @@ def _in_words(error: ValidationError) -> str:
 
 def _with_absolute_paths(config: Config) -> Config:
     """A run directory must find its data again from any working directory."""
-    data = config.data.model_copy(update={key: str(Path(getattr(config.data, key)).absolute()) for key in ("shards", "tokenizer")})
-    return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "data": data})
+    data = config.data.model_copy(update={key: _absolute(getattr(config.data, key)) for key in ("shards", "tokenizer")})
+    return config.model_copy(update={"run_dir": _absolute(config.run_dir), "data": data})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _schema(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -313,6 +333,9 @@ def _schema(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
             yield from _schema(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+_TEXTS = {key for key, field in _schema(Config) if field.annotation is str}
 
 
 def _leaves(config: Config) -> Iterator[tuple[str, Any, Any]]:

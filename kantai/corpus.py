@@ -117,6 +117,8 @@ def _records(path: Path, text_field: str) -> Iterator[str]:
         text = row.get(text_field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise UserError(f"{path} record {number} has no text in its field {text_field!r}: name the right one with --text_field")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{path} record {number} has half a surrogate pair, which no text has: mend or remove it")
         yield text
 
 
@@ -137,5 +139,5 @@ def _rows(path: Path, text_field: str) -> Iterator[Any]:
             columns = [text_field] if text_field in file.schema_arrow.names else []
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist() if columns else [None]
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable Parquet file with UTF-8 text: {error}") from None

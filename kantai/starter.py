@@ -1,11 +1,12 @@
 """Which text, for those who bring none? Kant in English from the web, or English prose that every Python carries."""
 
 import ast
+import functools
 import http.client
 import json
 import sys
 import sysconfig
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -24,8 +25,6 @@ PROMPTS = {
     "kant": ["Human thinking involves human <mask>.", "The critique of pure <mask>.", "It is a priori <mask>."],
     "python-docs": ["Return the <mask> of the object.", "If the argument is not <mask>, an exception is raised.", "A list of <mask>."],
 }
-
-_CHUNK_BYTES = 1 << 16
 
 
 class FetchError(Exception):
@@ -50,9 +49,8 @@ def fetch(
     """
     failures = []
     for urls in sources:
-        deadline = time.monotonic() + timeout_seconds
         try:
-            text = "\n\n".join(_without_licence(_download(url, deadline, bounds[1])) for url in urls)
+            text = _within(timeout_seconds, functools.partial(_join, urls, bounds[1], timeout_seconds))
             size = len(text.encode())
             if not bounds[0] <= size <= bounds[1]:
                 raise ValueError(f"{size} bytes, where {bounds[0]} to {bounds[1]} were expected")
@@ -110,19 +108,41 @@ def write_starter(folder: Path, name: str, fetch_kant: Callable[[], tuple[str, l
     return said
 
 
-def _download(url: str, deadline: float, most_bytes: int) -> str:
-    # The time-out of urlopen is for one operation; a server that drips bytes is stopped by the deadline.
-    with urllib.request.urlopen(url, timeout=max(0.1, deadline - time.monotonic())) as response:
-        body = b""
-        while chunk := response.read1(_CHUNK_BYTES):
-            body += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError("too slow")
-            if len(body) > most_bytes:
-                raise ValueError(f"more than {most_bytes} bytes")
-        announced = response.headers.get("Content-Length")
-        if announced is not None and len(body) < int(announced):
-            raise ValueError(f"{len(body)} bytes of the {announced} announced")
+def _within(seconds: float, call: Callable[[], str]) -> str:
+    """What a call returns, or TimeoutError; a socket's own time-out is for one operation, and a server may drip for ever."""
+    outcome: list[str | Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    result = outcome[0] if outcome else TimeoutError(f"no whole answer within {seconds:g} seconds")
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _join(urls: Sequence[str], most_bytes: int, timeout_seconds: float) -> str:
+    return "\n\n".join(_without_licence(_download(url, most_bytes, timeout_seconds)) for url in urls)
+
+
+def _download(url: str, most_bytes: int, timeout_seconds: float) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_seconds) as response:
+            body: bytes = response.read(most_bytes + 1)
+            announced = response.headers.get("Content-Length")
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ValueError(error.reason) from None
+    if len(body) > most_bytes:
+        raise ValueError(f"more than {most_bytes} bytes")
+    if announced is not None and len(body) < int(announced):
+        raise ValueError(f"{len(body)} bytes of the {announced} announced")
     if b"\0" in body:
         raise ValueError("binary")
     return body.decode("utf-8-sig").replace("\r\n", "\n")

@@ -36,8 +36,12 @@ class Vocabulary:
         return (self.bos_id, self.pad_id, self.eos_id, self.unk_id, self.mask_id)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts, without special tokens."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Ids of documents, without special tokens: a document's own ``<s>`` (HTML has it) or ``<mask>`` is text like any other."""
+        self.tokenizer.encode_special_tokens = True
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        finally:
+            self.tokenizer.encode_special_tokens = False
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int, *, show_progress: bool = False) -> Tokenizer:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from kantai.batches import Batch, Batches
-from kantai.checkpoint import begin, publish
+from kantai.checkpoint import begin, publish, verify
 from kantai.cluster import Place, StopSignal
 from kantai.config import BatchPlan
 from kantai.engine import Engine, Outcome
@@ -104,6 +104,7 @@ class Run:
         files = self.engine.save_state(folder)
         if self.is_main:
             publish(folder, target, files, kind="checkpoint", update=done, lineage=self.dir.lineage())
+            verify(target)
             self.dir.store.prune(self.config.checkpoint.keep)
         self.engine.wait_for_all()
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TypeVar
 
 import pytest
 
@@ -21,6 +22,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 CORPUS_CHARACTERS = 350_000
 VOCAB_SIZE = 1000
 HELD_OUT_SHARE = 0.05
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +63,17 @@ def shards_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, toke
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _without_skipping((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _without_skipping((yield))
+
+
+def _without_skipping(report: Report) -> Report:
     """Where CI is set, a skipped test is a failure: what is not run is not known to work."""
-    report = yield
     if report.skipped and os.environ.get("CI"):
         report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
     return report

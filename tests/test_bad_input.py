@@ -117,7 +117,7 @@ def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> 
     pretrain(None, *arguments)
     before = {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()}
     for change, message in (
-        ("--optimizer.learning_rate=0.5", "optimizer.learning_rate was 0.002 and is 0.5"),
+        ("--optimizer.learning_rate=0.5", "optimizer.learning_rate was 0.001 and is 0.5"),
         ("--seed=1", "seed was 0 and is 1"),
         ("--resume=never", "has a run already"),
     ):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import ROOT
 
 from kantai import UserError
 from kantai.config import Config, describe, fixed_settings, load_config, refuse_other_run, save_config
@@ -80,7 +81,7 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--data.seq_len=", "data.seq_len: should be a valid integer, not None"),
         ("--data.seq_len=7", "data.seq_len: should be greater than or equal to 8, not 7"),
         ("--data.packing=isolated", "data.packing: should be 'contiguous' or 'padded', not 'isolated'"),
-        ("--data.shards=5", "data.shards: should be a valid string, not 5"),
+        ("--data.packing=5", "data.packing: should be 'contiguous' or 'padded', not 5"),
         ("--masking.ratio=0", "masking.ratio: should be greater than 0, not 0"),
         ("--masking.ratio=1", "masking.ratio: should be less than 1, not 1"),
         ("--masking.random_share=0.3", "masking: mask_share + random_share must not exceed 1"),
@@ -206,3 +207,23 @@ def test_every_setting_either_may_change_or_is_kept(tmp_path: Path) -> None:
     described = {line.split("=")[0].strip(" -") for line in describe().splitlines() if line.startswith("  --")}
     assert fixed.keys() | MAY_CHANGE.keys() == described
     assert fixed.keys().isdisjoint(MAY_CHANGE) and CHANGES.keys() <= fixed.keys()
+
+
+@pytest.mark.parametrize("name", ["2026", "2026-11-22", "1e5", "a #1", "true", "[x"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir=/tmp/{name}"]).run_dir == f"/tmp/{name}"
+    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir={name}"]).run_dir == str(Path(name).absolute())
+
+
+def test_home_is_meant_by_a_tilde() -> None:
+    assert load_config(ROOT / "configs/quickstart.yaml", ["--run_dir=~/x"]).run_dir == str(Path.home() / "x")
+
+
+def test_a_section_given_twice_is_refused_and_an_empty_one_has_its_defaults(tmp_path: Path) -> None:
+    text = (ROOT / "configs/quickstart.yaml").read_text()
+    (tmp_path / "twice.yaml").write_text(text + "optimizer:\n  learning_rate: 1\n")
+    with pytest.raises(UserError, match="optimizer is given twice"):
+        load_config(tmp_path / "twice.yaml")
+    (tmp_path / "empty.yaml").write_text(text + "masking:\n")
+    assert load_config(tmp_path / "empty.yaml", ["--masking.ratio=0.3"]).masking.ratio == 0.3
+    assert load_config(tmp_path / "empty.yaml").masking.ratio == 0.15

@@ -111,7 +111,15 @@ def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpu
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    command = ["bash", "scripts/quickstart.sh", "--corpus", str(corpus_file), "--training.total_updates=50", "--checkpoint.every_updates=5"]
+    command = [
+        "bash",
+        "scripts/quickstart.sh",
+        "--corpus",
+        str(corpus_file),
+        "--training.total_updates=50",
+        "--checkpoint.every_updates=5",
+        "--optimizer.warmup_updates=5",
+    ]
 
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     while not list(tmp_path.glob("runs/*/run/checkpoints/update-*")):

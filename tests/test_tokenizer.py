@@ -52,7 +52,8 @@ def test_transformers_gives_the_same_ids(loader: type, tokenizer_dir: Path, corp
     ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
     for text in [*TEXTS, *documents([corpus_file], "paragraph")]:
         assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids, text
-        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
+        if "<" not in text:  # what a document has of them is text to us
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
@@ -77,7 +78,17 @@ def test_ids_of_texts_have_no_special_tokens_and_decode_to_the_texts(tokenizer_d
 def test_mask_takes_the_space_before_it(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     for text in ("a <mask> of", "a<mask> of"):
-        assert [vocabulary.tokenizer.id_to_token(token) for token in vocabulary.encode([text])[0]] == ["a", "<mask>", "Ġof"]
+        ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+        assert [vocabulary.tokenizer.id_to_token(token) for token in ids] == ["a", "<mask>", "Ġof"]
+
+
+def test_special_tokens_written_in_a_document_are_text(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    text = "<s>struck out</s>, a <pad> and a <mask>"
+    (ids,) = vocabulary.encode([text])
+    assert set(ids).isdisjoint(vocabulary.special_ids)
+    assert vocabulary.tokenizer.decode(ids) == text
+    assert vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids  # a prompt's is one, also afterwards
 
 
 def test_two_trainings_give_the_same_files(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:

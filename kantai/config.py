@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -279,11 +280,20 @@ def describe() -> str:
     """All keys with type, default and meaning, as text for ``--help``."""
     lines = []
     for key, field in _schema(Config):
-        kind = str(field.annotation).replace("typing.", "") if not isinstance(field.annotation, type) else field.annotation.__name__
-        kind = re.sub(r"Annotated\[(\w+), FieldInfo[^\]]*\)\]", r"\1", kind)
-        default = "required" if field.is_required() else f"default {field.default!r}"
-        lines.append(f"  --{key}=...\n      {field.description} ({kind}, {default})")
+        default = "required" if field.is_required() else f"default {field.default}"
+        lines.append(f"  --{key}=...\n      {field.description} ({_kind(field.annotation)}; {default})")
     return "\n".join(lines)
+
+
+def _kind(annotation: Any) -> str:
+    """A type as a user would write its values."""
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_kind(part) for part in get_args(annotation))
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:

@@ -1,6 +1,8 @@
 """Every kind of input gives the documents it holds, in a fixed order, or one line that names file and place."""
 
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -166,3 +168,37 @@ def test_unit_that_does_not_fit_the_file_is_refused(tmp_path: Path, name: str, u
     path = written(tmp_path / name, json.dumps({"text": "x"}))
     with pytest.raises(UserError, match=f"{name} cannot be cut by --document {unit}: {expected}"):
         list(documents([path], unit))
+
+
+COMPRESSORS = {"gz": gzip.compress, "xz": lzma.compress, "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_are_read_to_the_end_of_their_last_part(suffix: str, tmp_path: Path) -> None:
+    compress = COMPRESSORS[suffix]
+    lines = [f"line {number} of some text" for number in range(20_000)]
+    half = "".join(f"{line}\n" for line in lines[:10_000]).encode(), "".join(f"{line}\n" for line in lines[10_000:]).encode()
+    path = tmp_path / f"a.txt.{suffix}"
+    path.write_bytes(compress(half[0]) + compress(half[1]))  # as `cat a.gz b.gz` makes
+    assert list(documents([path])) == lines
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert list(documents([tmp_path / f"a.jsonl.{suffix}"])) == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"a\.txt\.{suffix} cannot be read beyond line \d+, it is damaged or cut off"):
+        list(documents([path]))
+    path.write_bytes(b"no compressed file")
+    with pytest.raises(UserError, match="beyond line 0"):
+        list(documents([path]))
+
+
+def test_csv_records(tmp_path: Path) -> None:
+    long = "x" * 300_000
+    path = tmp_path / "a.csv"
+    path.write_text(f'\ufeffid,text\r\n1,plain\r\n2,"two\nlines, with ""quotes"""\r\n3,\r\n4,{long}\r\n', encoding="utf-8", newline="")
+    assert list(documents([path])) == ["plain", 'two\nlines, with "quotes"', long]
+    assert list(documents([path], "record", "id")) == ["1", "2", "3", "4"]
+    with pytest.raises(UserError, match="--text_field"):
+        list(documents([path], text_field="body"))
+    path.write_text('id,text\n1,"never closed\n')
+    with pytest.raises(UserError, match=r"a\.csv is not CSV"):
+        list(documents([path]))

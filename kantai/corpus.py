@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
@@ -82,9 +82,8 @@ def documents(files: Sequence[Path], unit: Unit | None = None, text_field: str =
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments by which a program is told of a corpus; see :func:`documents`."""
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="text, .jsonl, .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs"
-    )
+    kinds = "text, .jsonl, .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs"
+    parser.add_argument("--input", nargs="+", required=True, help=kinds)
     parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of the others)")
     parser.add_argument("--text_field", default="text", help="field of a record that has its text (default text)")
 
@@ -104,7 +103,7 @@ def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in _COMPRESSED_SUFFIXES else path.suffix
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".xz":
@@ -135,7 +134,7 @@ def _decoded(path: Path) -> Iterator[str]:
             yield text
 
 
-def _next_line(file: IO[bytes], path: Path, number: int) -> bytes:
+def _next_line(file: io.BufferedIOBase, path: Path, number: int) -> bytes:
     try:
         return file.readline()
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:

@@ -9,7 +9,7 @@ set -euo pipefail
 corpus= overrides=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --corpus) [ -f "${2-}" ] || { echo "error: no file at '${2-}': give --corpus a text, .jsonl or .parquet file" >&2; exit 2; }
+    --corpus) [ -f "${2-}" ] || { echo "error: no file at '${2-}': give --corpus a text, .jsonl, .csv or .parquet file" >&2; exit 2; }
               corpus=$(realpath "$2"); shift 2 ;;
     --*.*=*) overrides+=("$1"); shift ;;
     -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
@@ -28,7 +28,8 @@ else
   corpus=$work/corpus/corpus.txt
 fi
 case "$corpus" in
-  *.jsonl | *.parquet) document=record ;;
+  *.jsonl | *.jsonl.* | *.csv | *.csv.* | *.parquet) document=record ;;
+  *.gz | *.xz | *.zst) document=paragraph ;;
   *) if grep -qE '^[[:space:]]*$' "$corpus"; then document=paragraph; else document=line; fi ;;
 esac
 

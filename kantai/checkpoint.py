@@ -19,6 +19,9 @@ from kantai import UserError
 
 MANIFEST = "manifest.json"
 
+_UMASK = os.umask(0o077)  # which can be read by setting it only
+os.umask(_UMASK)
+
 
 class Damaged(Exception):
     """A folder that is not what its manifest says; the message names the file and the difference."""
@@ -37,6 +40,7 @@ def digest(value: Any) -> str:
 
 def record(path: Path) -> dict[str, Any]:
     """Flush a file to the device and return its manifest entry, read back from what was written."""
+    path.chmod(0o666 & ~_UMASK)  # safetensors makes files that the rest of a group cannot read
     _fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 

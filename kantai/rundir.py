@@ -1,7 +1,6 @@
 """Which run is this? A run directory, the config and data that it belongs to, and how far it has come. No torch: looking is quick."""
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from kantai.config import Config, fixed_settings, load_config, refuse_other_run,
 from kantai.data import Data, open_data
 
 CONFIG_FILE = "config.yaml"
+PROMPTS_FILE = "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class RunDir:
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "prompts.json").write_text(json.dumps(self.data.prompts(), indent=1, ensure_ascii=False), encoding="utf-8")
+        prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
+        (self.path / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
         partial = self.path / f".{CONFIG_FILE}.partial"
         save_config(self.config, partial)
         partial.replace(self.path / CONFIG_FILE)
@@ -93,7 +94,7 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
             raise UserError(f"{path} has a run already: leave --resume at auto to continue it, or give another --run_dir=...")
         refuse_other_run(config, load_config(path / CONFIG_FILE))
     elif path.exists() and (
-        not path.is_dir() or any(entry.name not in ("prompts.json", f".{CONFIG_FILE}.partial") for entry in path.iterdir())
+        not path.is_dir() or any(entry.name not in (PROMPTS_FILE, f".{CONFIG_FILE}.partial") for entry in path.iterdir())
     ):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
     return RunDir(path, config, data)

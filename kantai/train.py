@@ -124,7 +124,12 @@ def stream(batches: Batches, rank: int, first_update: int, total_updates: int, w
     """Yield (update, this rank's micro-batches, seconds waited for them) from ``first_update`` on."""
     steps = batches.plan.gradient_accumulation_steps
     sampler = range(first_update * steps, total_updates * steps)
-    micro_batches = iter(DataLoader(_MicroBatches(batches, rank), batch_size=None, sampler=sampler, num_workers=workers))
+    # Forked workers share the mapped shards; any other start would pickle them, whole.
+    context = "fork" if workers else None
+    loader = DataLoader(
+        _MicroBatches(batches, rank), batch_size=None, sampler=sampler, num_workers=workers, multiprocessing_context=context
+    )
+    micro_batches = iter(loader)
     for update in range(first_update, total_updates):
         start = time.perf_counter()
         found = [next(micro_batches) for _ in range(steps)]

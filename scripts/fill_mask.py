@@ -4,7 +4,6 @@ python scripts/fill_mask.py model "Human thinking involves human <mask>."
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from kantai import UserError, run_command
@@ -14,11 +13,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder written by export.py, or a model of the Hub")
     parser.add_argument("texts", nargs="*", help="texts with one <mask> each")
-    parser.add_argument("--prompts", type=Path, help="JSON file with a list of such texts")
+    parser.add_argument("--prompts", type=Path, help="file with such texts, one a line")
     parser.add_argument("--top_k", type=int, default=5, help="words a text (default 5)")
     arguments = parser.parse_args()
 
-    texts = arguments.texts + (json.loads(arguments.prompts.read_text(encoding="utf-8")) if arguments.prompts else [])
+    texts = arguments.texts + (arguments.prompts.read_text(encoding="utf-8").splitlines() if arguments.prompts else [])
     for text in texts:
         if text.count("<mask>") != 1:
             raise UserError(f"{text!r} must have exactly one <mask>")
@@ -27,6 +26,7 @@ def main() -> None:
     if arguments.model.startswith((".", "/")) and not Path(arguments.model).is_dir():
         raise UserError(f"no model at {arguments.model}: write one with scripts/export.py")
     from transformers import pipeline
+    from transformers.pipelines.base import PipelineException
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -35,8 +35,13 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{arguments.model} is no model that can be loaded: {str(error).splitlines()[0]}") from None
     for text in texts:
+        try:
+            guesses = fill(text, tokenizer_kwargs={"truncation": True})
+        except PipelineException:
+            most = fill.tokenizer.model_max_length
+            raise UserError(f"the <mask> of {text!r} lies beyond the {most} tokens that {arguments.model} sees") from None
         print(text)
-        for guess in fill(text, tokenizer_kwargs={"truncation": True}):
+        for guess in guesses:
             print(f"    {guess['token_str'].strip():<20}{guess['score']:.3f}")
 
 

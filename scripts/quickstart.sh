@@ -60,7 +60,7 @@ once "$work/evaluation.txt" python scripts/evaluate.py "$work/run"
 echo "== export"
 [ -e "$work/model" ] || python scripts/export.py "$work/run" --output "$work/model"
 echo "== predictions"
-once "$work/predictions.txt" python scripts/fill_mask.py "./$work/model" --prompts "$work/run/prompts.json"
+once "$work/predictions.txt" python scripts/fill_mask.py "./$work/model" --prompts "$work/run/prompts.txt"
 
 cat <<EOF
 

@@ -1,6 +1,5 @@
 """The whole line with the commands of the README, and the quickstart, interrupted and run again."""
 
-import json
 import shutil
 import subprocess
 import time
@@ -93,13 +92,19 @@ def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(run: Pa
 
 
 def test_fill_mask_prints_five_words_a_text(model_dir: Path, run: Path) -> None:
-    prompts = json.loads((run / "prompts.json").read_text())
+    prompts = (run / "prompts.txt").read_text().splitlines()
     assert len(prompts) == 3
-    done = script("fill_mask", model_dir, "A <mask> of the object.", "--prompts", run / "prompts.json")
+    done = script("fill_mask", model_dir, "A <mask> of the object.", "--prompts", run / "prompts.txt")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["A <mask> of the object.", *prompts]
     assert len(lines) == 4 * 6
+
+
+def test_a_mask_beyond_the_models_sight_is_said(model_dir: Path) -> None:
+    done = script("fill_mask", model_dir, "word " * 100 + "<mask>")
+    assert done.returncode == 2
+    assert "lies beyond the 32 tokens" in done.stderr.splitlines()[-1]
 
 
 def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpus_file: Path, tmp_path: Path) -> None:

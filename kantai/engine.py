@@ -153,12 +153,12 @@ class Engine:
     def save_state(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Write weights and moments in fp32 by parameter name, each rank its share, and return all files' manifest entries.
 
-        The format knows no backend and no world size: tensors ``NAME``, ``NAME/exp_avg`` and ``NAME/exp_avg_sq``, and the count of steps.
+        The format knows no backend and no world size: tensors ``NAME``, ``NAME/exp_avg`` and ``NAME/exp_avg_sq``.
         """
         share: dict[str, Tensor] = {}
         for number, (name, state) in enumerate(self._states()):
             if number % self.place.world_size == self.place.rank:
-                share |= {f"{name}/{key}" if key else name: value.detach().float().cpu().contiguous() for key, value in state.items()}
+                share |= {_entry(name, key): value.detach().float().cpu().contiguous() for key, value in state.items()}
         path = folder / f"state-{self.place.rank:05d}-of-{self.place.world_size:05d}.safetensors"
         save_file(share, path)
         return dict(gather_object([(path.name, record(path))]))
@@ -175,22 +175,24 @@ class Engine:
         files = [safe_open(path, framework="pt") for path in sorted(folder.glob("state-*.safetensors"))]
         places = {name: file for file in files for name in file.keys()}
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.raw_model.named_parameters()}
-        expected = {f"{name}/{key}" if key else name: shape for name, shape in shapes.items() for key in ("", *MOMENTS)}
+        expected = {_entry(name, key): shape for name, shape in shapes.items() for key in ("", *MOMENTS)}
         for name in sorted(expected.keys() ^ places.keys()):
             raise UserError(f"{folder} {'lacks' if name in expected else 'has an unknown'} tensor {name}: it is of another model")
         for name, shape in expected.items():
             if tuple(places[name].get_slice(name).get_shape()) != shape:
                 raise UserError(f"{folder}: {name} has shape {places[name].get_slice(name).get_shape()}, the model's is {list(shape)}")
+
+        def read(name: str, key: str) -> Tensor:
+            return places[_entry(name, key)].get_tensor(_entry(name, key))  # type: ignore[no-any-return]
+
         if self._deepspeed:
-            self._zero_state().load(
-                lambda name, key: places[f"{name}/{key}" if key else name].get_tensor(f"{name}/{key}" if key else name), steps
-            )
+            self._zero_state().load(read, steps)
             return
         inner = self.optimizer.optimizer
         with torch.no_grad():
             for name, parameter in self.raw_model.named_parameters():
-                parameter.copy_(places[name].get_tensor(name))
-                moments = {key: places[f"{name}/{key}"].get_tensor(f"{name}/{key}").to(parameter.device) for key in MOMENTS}
+                parameter.copy_(read(name, ""))
+                moments = {key: read(name, key).to(parameter.device) for key in MOMENTS}
                 inner.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}
 
     def _states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -269,6 +271,11 @@ class _ZeroState:
         if not self.is_stage_3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _entry(name: str, key: str) -> str:
+    """What a parameter's weight (key "") or moment is called in a checkpoint."""
+    return f"{name}/{key}" if key else name
 
 
 def _accelerator(config: Config, plan: BatchPlan) -> Accelerator:

@@ -133,7 +133,7 @@ class Engine:
     def close(self) -> None:
         """Leave the other ranks in order."""
         # Gloo's thread needs the GIL to let go of the last collective's tensors, and torch joins that thread with the GIL held when the
-        # process group goes: a rank that is quick between the two hangs for ever (seen in 2 of some 100 launches). Sleeping lends the GIL.
+        # process group goes: a rank that is quick between the two hangs for ever (seen once in some 100 launches). Sleeping lends the GIL.
         time.sleep(_SECONDS_FOR_GLOO)
         self.accelerator.end_training()
 

@@ -2,14 +2,16 @@
 
 The line, one module a station::
 
-    corpus -> tokenizer -> shards -> order -> batches -> masking      what the model is shown
+    files -> lines -> corpus -> sample -> tokenizer                   which documents, which ids
+           -> tokenizing -> shards, cache                             where the tokens are
+           -> order -> batches -> masking                             what the model is shown
            -> model -> optim -> engine                                one update on N ranks
            -> metrics, checkpoint                                     what happened, what is kept
            -> evaluate -> export                                      how good it is, what comes out
 
 ``config`` says what a run is, ``cluster`` where it runs, ``rng`` is where every random number of the
-data comes from, ``data`` puts the stations up to masking together, ``train`` is the loop, and
-``starter`` is the text for those who bring none.
+data comes from, ``data`` puts the stations up to masking together, ``ledger`` says what was shown, ``train``
+is the loop, and ``starter`` is the text for those who bring none.
 
 Imports go down the floors only (``tests/test_floors.py``): modules of one floor do not import each other.
 """

@@ -1,6 +1,5 @@
 """What does this rank get in this micro-step? Sequences cut from the token stream, dealt to ranks, masked."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,12 +12,41 @@ from kantai.config import BatchPlan
 Int64s = npt.NDArray[np.int64]
 
 _PADDED_TO_MULTIPLE_OF = 16  # few distinct shapes, little padding
+_STARTS_TO_MULTIPLE_OF = 64  # few distinct shapes; in attention's backward pass each costs memory of up to 128 tokens
+
+
+class Tokens(Protocol):
+    """See :class:`kantai.shards.Shard`."""
+
+    @property
+    def tokens(self) -> npt.NDArray[Any]: ...
+    @property
+    def boundaries(self) -> npt.NDArray[np.int32]: ...
+
+
+class Shards(Protocol):
+    """See :class:`kantai.shards.Split`."""
+
+    documents: Int64s  # of each shard
+    tokens: Int64s  # of each shard
+
+    def __getitem__(self, number: int) -> Tokens: ...
+
+
+class Order(Protocol):
+    """Which sample comes when; see :mod:`kantai.order`."""
+
+    def at(self, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """Epoch and sample id at every position; the id is negative where there is none."""
+        ...
 
 
 class Sequences(Protocol):
-    """Sample id -> row of ids."""
+    """Sample id -> row of ids. Samples are counted through the shards."""
 
-    samples: int
+    samples_per_shard: Int64s
+    first_sample: Int64s  # of each shard, and behind the last
+    seq_len: int
     has_padding: bool
 
     def rows(self, samples: Int64s) -> Int64s:
@@ -35,11 +63,11 @@ class Contiguous:
 
     has_padding = False
 
-    def __init__(self, streams: Sequence[npt.NDArray[Any]], seq_len: int, bos_id: int, pad_id: int) -> None:
-        self.streams, self.content, self.bos_id, self.pad_id = streams, seq_len - 1, bos_id, pad_id
-        counts = [-(-len(stream) // self.content) if len(stream) >= self.content else 0 for stream in streams]
-        self.first_sample = np.array([0, *itertools.accumulate(counts)])
-        self.samples = int(self.first_sample[-1])
+    def __init__(self, shards: Shards, seq_len: int, bos_id: int, pad_id: int) -> None:
+        self.shards, self.seq_len, self.bos_id, self.pad_id = shards, seq_len, bos_id, pad_id
+        self.content = seq_len - 1
+        self.samples_per_shard = np.where(shards.tokens < self.content, 0, -(-shards.tokens // self.content))
+        self.first_sample = np.concatenate([[0], np.cumsum(self.samples_per_shard)])
 
     def rows(self, samples: Int64s) -> Int64s:
         """Ids of the sequences, [samples, seq_len]."""
@@ -48,7 +76,7 @@ class Contiguous:
         shards = np.searchsorted(self.first_sample, samples, side="right") - 1
         for row, sample, shard in zip(rows, samples.tolist(), shards.tolist(), strict=True):
             if sample >= 0:
-                stream = self.streams[shard]
+                stream = self.shards[shard].tokens
                 start = min((sample - int(self.first_sample[shard])) * self.content, len(stream) - self.content)
                 row[1:] = stream[start : start + self.content]
         return rows
@@ -59,12 +87,10 @@ class Padded:
 
     has_padding = True
 
-    def __init__(
-        self, shards: Sequence[tuple[npt.NDArray[Any], npt.NDArray[np.int32]]], seq_len: int, bos_id: int, eos_id: int, pad_id: int
-    ) -> None:
+    def __init__(self, shards: Shards, seq_len: int, bos_id: int, eos_id: int, pad_id: int) -> None:
         self.shards, self.seq_len, self.bos_id, self.eos_id, self.pad_id = shards, seq_len, bos_id, eos_id, pad_id
-        self.first_sample = np.array([0, *itertools.accumulate(len(boundaries) - 1 for _, boundaries in shards)])
-        self.samples = int(self.first_sample[-1])
+        self.samples_per_shard = shards.documents
+        self.first_sample = np.concatenate([[0], np.cumsum(self.samples_per_shard)])
 
     def rows(self, samples: Int64s) -> Int64s:
         """Ids of the documents, [samples, longest, rounded up to a multiple of 16 and at most seq_len]."""
@@ -83,10 +109,9 @@ class Padded:
         if sample < 0:
             return np.zeros(0, np.int64)
         shard = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
-        tokens, boundaries = self.shards[shard]
         place = sample - int(self.first_sample[shard])
-        start, stop = int(boundaries[place]), int(boundaries[place + 1])
-        return tokens[start : min(stop, start + self.seq_len - 1)]
+        start, stop = self.shards[shard].boundaries[place : place + 2].tolist()
+        return self.shards[shard].tokens[start : min(stop, start + self.seq_len - 1)]
 
 
 @dataclass(frozen=True)
@@ -97,6 +122,7 @@ class Batch:
     attention_mask: npt.NDArray[np.bool_] | None  # [rows, length], true for what is attended to; None: all of it
     masked_positions: Int64s  # [rows, most masked]
     labels: Int64s  # [rows, most masked]
+    document_starts: npt.NDArray[np.int32] | None  # of the function of that name; None: rows are not divided
     tokens: int  # that are no padding, in rows that are not empty
     attended_pairs: int  # of such tokens, one looking at the other
 
@@ -113,29 +139,96 @@ class Mask(Protocol):
 
 
 @dataclass(frozen=True)
-class Batches:
-    """The batches of a run as a pure function of (update, micro-step, rank)."""
+class Stage:
+    """A part of a run: which sequences it shows, in which order, how many an update."""
 
-    sequences: Sequences
-    order: Callable[[Int64s], tuple[Int64s, Int64s]]  # positions -> epochs, sample ids (negative: none)
-    mask: Callable[[Int64s, Int64s, Int64s], Mask]  # rows, epochs, sample ids -> masked rows
+    first_update: int
+    first_position: int  # in the order
     plan: BatchPlan
-    pad_id: int
+    sequences: Sequences
+    order: Order
+
+    def position(self, update: int) -> int:
+        """The position in the order at which an update begins."""
+        return self.first_position + (update - self.first_update) * self.plan.global_batch_size
+
+
+class Batches:
+    """The batches of a run as a pure function of (update, micro-step, rank).
+
+    The rows of an update are dealt in the order of their sample ids, not of the shuffle: what an update shows is the same, and a rank
+    reads from few shards of a window instead of all.
+
+    Args:
+        stages: of the run, in order; the first begins at update 0.
+        mask: rows, epochs, sample ids, update -> masked rows.
+        pad_id: fills rows.
+        isolated_by: the token at which attention and position ids end; None: they go on to the row's end.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], mask: Callable[[Int64s, Int64s, Int64s, int], Mask], pad_id: int, isolated_by: int | None = None
+    ) -> None:
+        self.stages, self.mask, self.pad_id, self.isolated_by = stages, mask, pad_id, isolated_by
+        self._latest: tuple[int, Int64s, Int64s] | None = None
+
+    def stage(self, update: int) -> Stage:
+        """The stage that an update, counted from 0, belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.first_update <= update)
+
+    def samples(self, update: int) -> tuple[Int64s, Int64s]:
+        """Epoch and sample id of all rows of an update, empty ones included: ascending, and then negative where there is none."""
+        if self._latest is None or self._latest[0] != update:  # micro-steps ask one after another
+            stage = self.stage(update)
+            epochs, samples = stage.order.at(stage.position(update) + np.arange(stage.plan.global_batch_size))
+            dealt = np.lexsort((epochs, samples, samples < 0))
+            empty = (0, stage.plan.empty_rows)
+            self._latest = update, np.pad(epochs[dealt], empty), np.pad(samples[dealt], empty, constant_values=-1)
+        return self._latest[1:]
+
+    def shards(self, update: int, rank: int) -> list[int]:
+        """The shards that ``rank`` reads from in an update."""
+        stage = self.stage(update)
+        rows = [stage.plan.rows(rank, micro_step) for micro_step in range(stage.plan.gradient_accumulation_steps)]
+        samples = self.samples(update)[1][rows[0].start : rows[-1].stop]
+        found = np.searchsorted(stage.sequences.first_sample, samples[samples >= 0], side="right") - 1
+        return [int(shard) for shard in np.unique(found)]
 
     def micro_batch(self, update: int, micro_step: int, rank: int) -> Batch:
         """The rows that ``rank`` computes in ``micro_step`` of ``update``, counted from 0."""
-        rows = np.array(self.plan.rows(rank, micro_step))
-        epochs, samples = self.order(update * self.plan.global_batch_size + rows)
-        samples = np.where(rows < self.plan.global_batch_size, samples, -1)
-        ids = self.sequences.rows(samples)
+        stage = self.stage(update)
+        rows = stage.plan.rows(rank, micro_step)
+        epochs, samples = (part[rows.start : rows.stop] for part in self.samples(update))
+        ids = stage.sequences.rows(samples)
         content = ids != self.pad_id
         lengths = content[samples >= 0].sum(1)
-        masked = self.mask(ids, epochs, samples)
+        spans, starts = lengths, None
+        if self.isolated_by is not None:
+            spans = np.diff(document_starts(ids[samples >= 0], self.isolated_by))
+            starts = document_starts(ids, self.isolated_by).astype(np.int32)
+        masked = self.mask(ids, epochs, samples, update)
         return Batch(
             masked.input_ids,
-            content if self.sequences.has_padding else None,
+            content if stage.sequences.has_padding else None,
             masked.masked_positions,
             masked.labels,
+            starts,
             int(lengths.sum()),
-            int((lengths**2).sum()),
+            int((spans**2).sum()),
         )
+
+
+def document_starts(rows: Int64s, eos_id: int) -> Int64s:
+    """Where documents, or their parts, begin in rows laid end to end: at a row's start and behind every ``</s>``.
+
+    Args:
+        rows: ids, [rows, length].
+
+    Returns:
+        [documents + 1, rounded up to a multiple of 64]: ascending, with the number of all tokens once or more at the end.
+    """
+    begins = np.ones(rows.shape, bool)
+    begins[:, 1:] = rows[:, :-1] == eos_id
+    starts = np.flatnonzero(begins)
+    filling = _STARTS_TO_MULTIPLE_OF - len(starts) % _STARTS_TO_MULTIPLE_OF
+    return np.pad(starts, (0, filling), constant_values=rows.size)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,17 @@ def publish(folder: Path, target: Path, files: dict[str, dict[str, Any]], **meta
     _fsync(target.parent)
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to, which takes its place when the block ends well; others may be writing the same."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a sealed folder.
 
@@ -95,12 +107,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         Damaged: it is missing or not what :func:`publish` writes.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
+    return parse_manifest(content, str(folder / MANIFEST))
+
+
+def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
+    """A manifest from its bytes.
+
+    Raises:
+        Damaged: it is not what :func:`publish` writes.
+    """
+    try:
+        manifest = json.loads(content)
         files = manifest["files"]
         if not all(isinstance(name, str) and entry.keys() == {"bytes", "sha256"} for name, entry in files.items()):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{name} is missing or unreadable") from None
     return dict(manifest)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -36,19 +37,39 @@ class Section(BaseModel):
 class Data(Section):
     """Which tokens, cut into which sequences."""
 
-    shards: str = Field(description="folder written by tokenize_corpus.py", json_schema_extra=MAY_CHANGE)
+    shards: str = Field(
+        description="folder written by tokenize_corpus.py, or its URL (s3://, gs://, hf://, https://, ...)", json_schema_extra=MAY_CHANGE
+    )
     tokenizer: str = Field(description="folder of the tokenizer that the shards were made with", json_schema_extra=MAY_CHANGE)
     seq_len: int = Field(512, ge=8, description="tokens a sequence, <s> included")
-    packing: Literal["contiguous", "padded"] = Field(
-        "contiguous", description="contiguous: the token stream cut into full sequences; padded: one document a sequence"
+    packing: Literal["contiguous", "isolated", "padded"] = Field(
+        "contiguous",
+        description="contiguous: the token stream cut into full sequences; isolated: the same, but documents do not see each other; "
+        "padded: one document a sequence",
     )
+    shuffle_window: Positive = Field(64, description="shards, themselves shuffled, whose sequences are shuffled together")
     workers: NotNegative = Field(0, description="data-loader processes a rank", json_schema_extra=MAY_CHANGE)
+    verify_hashes: bool | None = Field(
+        None, description="hash the whole folder of shards at start; default: up to 4 GiB; else sizes alone", json_schema_extra=MAY_CHANGE
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="folder of this node for shards that come from a URL; default: below the temporary one",
+        json_schema_extra=MAY_CHANGE,
+    )
+    cache_gb: float = Field(100.0, gt=0, description="most gigabytes in it", json_schema_extra=MAY_CHANGE)
 
 
 class Masking(Section):
     """Which tokens are hidden, and behind what."""
 
+    unit: Literal["token", "word", "span"] = Field(
+        "token", description="what is hidden as a whole: tokens, words, or spans of 3.8 words on average (SpanBERT)"
+    )
     ratio: float = Field(0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted")
+    final_ratio: float | None = Field(
+        None, gt=0, lt=1, description="to which the ratio goes in equal steps until the last update; default: it stays"
+    )
     mask_share: Share = Field(0.8, description="share of those shown as <mask>")
     random_share: Share = Field(0.1, description="share of those shown as a random token; the rest is shown as it is")
 
@@ -92,6 +113,14 @@ class Batch(Section):
     micro_batch_size: Positive = Field(
         32, description="most sequences a rank computes at once: what fits its memory", json_schema_extra=MAY_CHANGE
     )
+
+
+class Stage(Section):
+    """An early part of a run with shorter sequences or smaller batches than ``data`` and ``batch`` say for the rest."""
+
+    until_update: Positive = Field(description="where it ends")
+    seq_len: int | None = Field(None, ge=8, description="default: data.seq_len")
+    global_batch_size: Positive | None = Field(None, description="default: batch.global_batch_size")
 
 
 class Optimizer(Section):
@@ -156,6 +185,45 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
+    stages: list[Stage] = Field(
+        [], description="early parts with other sizes, as [{until_update: 1000, seq_len: 128, global_batch_size: 64}]"
+    )
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> "Config":
+        ends = [stage.until_update for stage in self.stages]
+        if ends != sorted(set(ends)):
+            raise ValueError("stages: each must end after the one before")
+        if ends and self.training.total_updates is not None and ends[-1] >= self.training.total_updates:
+            raise ValueError(f"stages: until_update {ends[-1]} must be less than training.total_updates {self.training.total_updates}")
+        if any((stage.seq_len or 0) > self.data.seq_len for stage in self.stages):
+            raise ValueError(f"stages: no seq_len may exceed data.seq_len {self.data.seq_len}, for which the model has positions")
+        return self
+
+    def batch_shapes(self) -> "list[BatchShape]":
+        """What an update consists of in each stage, the last one without an end."""
+        final = Stage(until_update=sys.maxsize)
+        starts = [0, *(stage.until_update for stage in self.stages)]
+        return [
+            BatchShape(
+                start,
+                seq_len := stage.seq_len or self.data.seq_len,
+                stage.global_batch_size or self.batch.global_batch_size,
+                # What fits is given for data.seq_len: of shorter sequences more do.
+                self.batch.micro_batch_size * self.data.seq_len // seq_len,
+            )
+            for start, stage in zip(starts, [*self.stages, final], strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """The sizes of updates from one on."""
+
+    first_update: int
+    seq_len: int
+    global_batch_size: int
+    max_micro_batch_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +259,7 @@ class BatchPlan:
 
     def rows(self, rank: int, micro_step: int) -> range:
         """The rows of an update that a rank computes in a micro-step; those from ``global_batch_size`` on are empty."""
-        start = (micro_step * self.world_size + rank) * self.micro_batch_size
+        start = (rank * self.gradient_accumulation_steps + micro_step) * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
 
     def __str__(self) -> str:
@@ -329,11 +397,14 @@ def _in_words(error: ValidationError) -> str:
 
 def _with_absolute_paths(config: Config) -> Config:
     """A run directory must find its data again from any working directory."""
-    data = config.data.model_copy(update={key: _absolute(getattr(config.data, key)) for key in ("shards", "tokenizer")})
+    given = {key: value for key in ("shards", "tokenizer", "cache_dir") if (value := getattr(config.data, key)) is not None}
+    data = config.data.model_copy(update={key: _absolute(value) for key, value in given.items()})
     return config.model_copy(update={"run_dir": _absolute(config.run_dir), "data": data})
 
 
 def _absolute(path: str) -> str:
+    if "://" in path:
+        return path
     return str(Path(path).expanduser().absolute())
 
 
@@ -349,8 +420,9 @@ _TEXTS = {key for key, field in _schema(Config) if field.annotation is str}
 
 
 def _leaves(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    values = config.model_dump()
     for key, field in _schema(Config):
-        value: Any = config
+        value: Any = values
         for part in key.split("."):
-            value = getattr(value, part)
+            value = value[part]
         yield key, value, field

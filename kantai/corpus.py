@@ -1,190 +1,297 @@
-"""Which documents? Text, JSON lines, CSV and Parquet, compressed or not, cut into lines, paragraphs, files or records."""
+"""Which documents? Text, JSON lines, CSV, Parquet and data sets of the Hub, cut into lines, paragraphs, files or records.
+
+What is not as it should be is mended and counted in a :class:`Report`; nothing is lost without a word. Bytes that are not UTF-8, halves
+of surrogate pairs and NUL characters become U+FFFD; more than one such document in a hundred, and the text is of another encoding, which
+is refused. A byte order mark is removed, ``\\r\\n`` ends a line as ``\\n`` does (and nothing else does), and what is blank is no document.
+"""
 
 import argparse
 import csv
-import glob
-import gzip
-import io
 import json
-import lzma
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
 from kantai import UserError
+from kantai.files import HUB, File, Piece, Span, cut, hub_dataset, open_file
+from kantai.lines import MOST_DOCUMENT_BYTES, Block, Report, check_length, mended, read_lines
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
+_MOST_MENDED = 0.01  # share of a piece's documents; in text of another encoding it is more
+_BATCH = 1024  # records taken at a time
 _RECORD_SUFFIXES = {".jsonl", ".csv", ".parquet"}
-_COMPRESSED_SUFFIXES = {".gz", ".xz", ".zst"}
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
-    """The files behind paths, directories (all files below, hidden ones left out) and globs, in a fixed order.
+def pieces(files: Iterable[File], unit: Unit | None = None, piece_bytes: int | None = None) -> list[Piece]:
+    """Cut files into pieces that can be read alone; see :func:`kantai.files.cut` for their size.
 
     Raises:
-        UserError: an input matches nothing, or a file is empty.
+        UserError: a file cannot be cut into such documents.
     """
-    found: list[Path] = []
-    for pattern in inputs:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = sorted(
-                p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            )
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-        if not matches:
-            raise UserError(f"no input at {pattern}: give a text, .jsonl, .csv or .parquet file, a directory of them, or a quoted glob")
-        found += matches
-    files = list(dict.fromkeys(found))
-    for path in files:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty: leave it out, or see what was to write it")
-    return files
+    files = list(files)
+    for file in files:
+        _check_unit(file, unit)
+    return cut(files, splittable=lambda file: splittable(file, unit), piece_bytes=piece_bytes)
 
 
-def documents(files: Sequence[Path], unit: Unit | None = None, text_field: str = "text") -> Iterator[str]:
-    """Yield the documents of files in order; blank ones are left out.
+def splittable(file: File, unit: Unit | None) -> bool:
+    """Whether spans of a file can be read alone: uncompressed text and JSON lines at their lines, Parquet at its row groups.
+
+    A quoted field of a CSV file may have line ends, so where a record begins is known only to who has read all before it.
+    """
+    kind, compression = file.suffixes
+    return not compression and kind != ".csv" and unit != "file"
+
+
+def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", report: Report | None = None) -> Iterator[str]:
+    """Yield the documents of a piece in order.
+
+    However a file is cut into spans, they have the documents of the whole: a line belongs to the span with its first byte, a row group
+    of Parquet likewise, and paragraphs part at the first blank line that begins at or after the cut.
 
     Args:
-        files: ``.jsonl``, ``.csv`` (with a line of names) and ``.parquet`` are read as records, anything else as UTF-8 text; what ends
-            in ``.gz``, ``.xz`` or ``.zst`` is decompressed first.
+        piece: of files ``.jsonl``, ``.csv`` (with a line of names) and ``.parquet``, which have records, as data sets of the Hub do;
+            anything else is text. What ends in ``.gz``, ``.xz`` or ``.zst`` is decompressed first.
         unit: what one document is: a ``line``; a ``paragraph``, ended by a blank line, its lines joined by a space, since
             where a line was wrapped says nothing; a whole ``file``; a ``record``. Default: lines of text, records of the rest.
-        text_field: the field or column of a record that holds its text.
+        text_field: the field or column of a record that holds its text; null there is an empty document.
+        report: takes in what was read when the iteration ends.
 
     Raises:
-        UserError: a file is not UTF-8 text, or not what its name says, or has no such field.
+        UserError: a file cannot be read to its end, or is not what its name says, or has no such field; a document is longer than
+            256 MiB; more than one document in a hundred of the piece had to be mended.
     """
-    for path in files:
-        is_records = _kind(path) in _RECORD_SUFFIXES
-        if unit is not None and is_records != (unit == "record"):
-            expected = "record" if is_records else "line, paragraph or file"
-            raise UserError(f"{path} cannot be cut by --document {unit}: give {expected}")
-        if is_records:
-            texts = _records(path, text_field)
-        elif unit == "file":
-            texts = iter(["\n".join(_lines(path))])
-        elif unit == "paragraph":
-            texts = _paragraphs(_lines(path))
-        else:
-            texts = _lines(path)
-        yield from (text for text in texts if text and not text.isspace())
+    read = Report()
+    try:
+        for span in piece:
+            _check_unit(span.file, unit)
+            if not span.file.size:
+                read.count("empty_files", span.file.path)
+                continue
+            for texts in _reader(span, unit, text_field)(span, read):
+                kept = [text for text in texts if text and not text.isspace()]
+                read.documents += len(kept)
+                read.empty += len(texts) - len(kept)
+                read.characters += sum(map(len, kept))
+                yield from kept
+        if read.replaced > _MOST_MENDED * read.documents:
+            raise UserError(_wrong_encoding(read))
+    finally:
+        if report is not None:
+            report.add(read)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments by which a program is told of a corpus; see :func:`documents`."""
-    kinds = "text, .jsonl, .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs"
+    kinds = (
+        "text, .jsonl, .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs, URLs (s3://...), hub:NAME[:CONFIG[:SPLIT]]"
+    )
     parser.add_argument("--input", nargs="+", required=True, help=kinds)
     parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of the others)")
     parser.add_argument("--text_field", default="text", help="field of a record that has its text (default text)")
 
 
-def with_bar(texts: Iterable[str], files: Sequence[Path]) -> Iterator[str]:
-    """Pass the documents of files on, with a progress bar in bytes on a terminal."""
-    # How much text is in a compressed file is not known before its end.
-    total = None if any(path.suffix in _COMPRESSED_SUFFIXES for path in files) else sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()) as bar:
+def with_bar(texts: Iterable[str], total: int, doing: str) -> Iterator[str]:
+    """Pass documents on, with a progress bar in characters on a terminal; ``total`` is about how many there will be."""
+    with tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not sys.stderr.isatty()) as bar:
         for text in texts:
             yield text
-            bar.update(len(text.encode()))
+            bar.update(len(text))
 
 
-def _kind(path: Path) -> str:
-    """The suffix that says what is in a file, behind that of a compression."""
-    return path.with_suffix("").suffix if path.suffix in _COMPRESSED_SUFFIXES else path.suffix
+# Readers take a span and a report, and yield lists of texts: a list is filtered and counted many times faster than text by text.
+_Reader = Callable[[Span, Report], Iterator[Sequence[str]]]
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    if path.suffix == ".zst":
-        import pyarrow as pa  # reads all frames and notices a missing end, which zstandard's own stream reader does not
-
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+def _reader(span: Span, unit: Unit | None, text_field: str) -> _Reader:
+    if span.file.path.startswith(HUB):
+        return lambda span, report: _hub(span, text_field, report)
+    records = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}.get(span.file.suffixes[0])
+    if records:
+        return lambda span, report: records(span, text_field, report)
+    return {"paragraph": _paragraphs, "file": _whole_file}.get(unit or "line", _lines)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in _decoded(path))
+def _check_unit(file: File, unit: Unit | None) -> None:
+    has_records = file.path.startswith(HUB) or file.suffixes[0] in _RECORD_SUFFIXES
+    if unit is not None and has_records != (unit == "record"):
+        raise UserError(f"{file.path} cannot be cut by --document {unit}: give {'record' if has_records else 'line, paragraph or file'}")
 
 
-def _decoded(path: Path) -> Iterator[str]:
-    """Lines of a file with their ends."""
-    with _open(path) as file:
-        number = 0
-        while line := _next_line(file, path, number):
-            number += 1
+def _wrong_encoding(report: Report) -> str:
+    share = f"as {report.replaced:,} of {report.documents:,} documents"
+    if "invalid_utf8" in report.first:
+        return f"{report.first['invalid_utf8']} is not UTF-8, {share}: convert it first, as with iconv -f LATIN1 -t UTF-8"
+    return f"{report.first['nul']} has a NUL byte, {share}: it is binary, or text of another encoding than UTF-8"
+
+
+def _blocks(span: Span, report: Report) -> Iterator[Block]:
+    if span.start < span.stop:
+        with open_file(span.file, max(span.start - 1, 0)) as content:
+            stop = None if span.stop == span.file.size else span.stop  # which for a compressed file is no place in its text
+            yield from read_lines(content, span.file.path, span.start, stop, report)
+
+
+def _lines(span: Span, report: Report) -> Iterator[list[str]]:
+    for block in _blocks(span, report):
+        if not block.inside:
+            return
+        for index in block.defects:
+            report.count_mended(block.defects_at(index))
+        yield block.lines
+
+
+def _paragraphs(span: Span, report: Report) -> Iterator[list[str]]:
+    lines: list[str] = []
+    length = 0
+    defects: dict[str, str] = {}
+    in_the_one_before = span.start > 0
+    for block in _blocks(span, report):
+        if in_the_one_before and not block.inside:
+            return
+        texts = []
+        for index, line in enumerate(block.lines):
+            blank = not line or line.isspace()
+            if in_the_one_before:
+                in_the_one_before = not blank
+            elif not blank:
+                lines.append(line.strip())
+                length += len(line)
+                if block.defects:
+                    defects = block.defects_at(index) | defects
+            elif lines:
+                texts.append(" ".join(lines))
+                report.count_mended(defects)
+                lines, length, defects = [], 0, {}
+            if blank and not block.inside:
+                yield texts
+                return
+        check_length(length, block.place(0))
+        yield texts
+    report.count_mended(defects)
+    yield [" ".join(lines)] if lines else []
+
+
+def _whole_file(span: Span, report: Report) -> Iterator[list[str]]:
+    lines: list[str] = []
+    defects: dict[str, str] = {}
+    for block in _blocks(span, report):
+        check_length(block.offset + len(block.raw), span.file.path)
+        lines += block.lines
+        for index in block.defects:
+            defects = block.defects_at(index) | defects
+    report.count_mended(defects)
+    yield ["\n".join(lines)]
+
+
+def _json_lines(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
+    for block in _blocks(span, report):
+        if not block.inside:
+            return
+        texts = []
+        for index, line in enumerate(block.lines):
+            if not line or line.isspace():
+                continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{path} line {number} is not UTF-8: convert it first, as with iconv -f LATIN1 -t UTF-8") from None
-            if "\0" in text:
-                raise UserError(f"{path} line {number} has a NUL byte: it is binary, or text of another encoding than UTF-8")
-            yield text
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(f"{block.place(index)} is not JSON") from None
+            if not isinstance(row, dict) or not isinstance(text := row.get(text_field, 0), str | None):
+                raise UserError(_no_text(block.place(index), text_field))
+            defects = block.defects_at(index)
+            if text and "\\u" in line:
+                text, escaped = mended(text)
+                defects |= dict.fromkeys(escaped, block.place(index)) if escaped else {}
+            report.count_mended(defects)
+            texts.append(text or "")
+        yield texts
 
 
-def _next_line(file: io.BufferedIOBase, path: Path, number: int) -> bytes:
+def _csv(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
+    csv.field_size_limit(MOST_DOCUMENT_BYTES)
+    defects: dict[str, str] = {}
+
+    def lines() -> Iterator[str]:
+        for block in _blocks(span, report):
+            for index, line in enumerate(block.lines):
+                defects.update(block.defects_at(index) | defects)
+                yield line + "\n"
+
+    rows = csv.DictReader(lines(), strict=True)
     try:
-        return file.readline()
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read beyond line {number}, it is damaged or cut off: {error}") from None
+        for number, row in enumerate(rows, 1):
+            if text_field not in row:
+                raise UserError(_no_text(f"{span.file.path} record {number}", text_field))
+            report.count_mended(defects)
+            defects.clear()
+            yield [row[text_field] or ""]
+    except csv.Error as error:
+        raise UserError(f"{span.file.path} is not CSV: {error}") from None
 
 
-def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line and not line.isspace():
-            paragraph.append(line.strip())
-        elif paragraph:
-            yield " ".join(paragraph)
-            paragraph = []
-    yield " ".join(paragraph)
-
-
-def _records(path: Path, text_field: str) -> Iterator[str]:
-    for number, row in enumerate(_rows(path, text_field), 1):
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{path} record {number} has no text in its field {text_field!r}: name the right one with --text_field")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{path} record {number} has half a surrogate pair, which no text has: mend or remove it")
-        yield text
-
-
-def _rows(path: Path, text_field: str) -> Iterator[Any]:
-    if _kind(path) == ".csv":
-        csv.field_size_limit(sys.maxsize)  # a document may be longer than the library's 128 KiB
-        try:
-            yield from csv.DictReader(_decoded(path), strict=True)
-        except csv.Error as error:
-            raise UserError(f"{path} is not CSV: {error}") from None
-        return
-    if _kind(path) == ".jsonl":
-        for number, line in enumerate(_lines(path), 1):
-            if line and not line.isspace():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):
-                    raise UserError(f"{path} line {number} is not JSON") from None
-        return
+def _parquet(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
     import pyarrow as pa  # only here: a second of start-up that text does not need
     import pyarrow.parquet as pq
 
+    path = span.file.path
     try:
-        with pq.ParquetFile(path) as file:
-            columns = [text_field] if text_field in file.schema_arrow.names else []
-            for batch in file.iter_batches(columns=columns):
-                yield from batch.to_pylist() if columns else [None]
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable Parquet file with UTF-8 text: {error}") from None
+        with open_file(span.file) as content, pq.ParquetFile(content) as file:
+            if text_field not in file.schema_arrow.names:
+                raise UserError(_no_text(f"{path} record 1", text_field))
+            number = 1
+            for index in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(index)
+                first = group.column(0)
+                offset = first.dictionary_page_offset if first.has_dictionary_page else first.data_page_offset
+                if span.start <= offset < span.stop:
+                    yield from _columns(file.iter_batches(_BATCH, [index], [text_field]), path, number, text_field, report)
+                number += group.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _hub(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
+    path = f"{span.file.path} shard {span.start}"
+    try:
+        data = hub_dataset(span.file.path).shard(num_shards=span.file.size, index=span.start).with_format("arrow")
+        if text_field not in (data.column_names or [text_field]):
+            raise UserError(_no_text(f"{path} record 1", text_field))
+        yield from _columns(data.iter(batch_size=_BATCH), path, 1, text_field, report)
+    except UserError:
+        raise
+    except Exception as error:  # of the library, the Hub or the network
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _columns(batches: Iterable[Any], path: str, number: int, text_field: str, report: Report) -> Iterator[list[str]]:
+    """Texts of Arrow batches or tables with a column ``text_field``, whose first record is ``number``."""
+    import pyarrow as pa
+
+    for batch in batches:
+        if text_field not in batch.column_names:
+            raise UserError(_no_text(f"{path} record {number}", text_field))
+        column = batch.column(text_field)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+            raise UserError(_no_text(f"{path} record {number}", text_field))
+        try:
+            values = column.to_pylist()
+        except UnicodeDecodeError:
+            values = column.cast(pa.large_binary()).to_pylist()
+        texts = []
+        for row, value in enumerate(values):
+            text, defects = mended(value or "")
+            if defects:
+                report.count_mended(dict.fromkeys(defects, f"{path} record {number + row}"))
+            texts.append(text)
+        number += len(texts)
+        yield texts
+
+
+def _no_text(place: str, text_field: str) -> str:
+    return f"{place} has no text in its field {text_field!r}: name the right one with --text_field"

@@ -1,19 +1,24 @@
 """What is the model shown? The stations from shards to masks, put together as a config says. No torch: opening is quick."""
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+import os
+import tempfile
+from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from kantai import UserError
-from kantai.batches import Batches, Contiguous, Padded, Sequences
+from kantai.batches import Batches, Contiguous, Padded, Sequences, Stage
+from kantai.cache import Cache
 from kantai.config import BatchPlan, Config
-from kantai.masking import Masker
-from kantai.order import Order, Sequential, Shuffled
+from kantai.masking import Masker, Words
+from kantai.order import Sequential, Shuffled
 from kantai.rng import fold
-from kantai.shards import ShardSet, open_shards
+from kantai.shards import SPLITS, ShardSet, open_shards
 from kantai.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer
 
 _EVALUATION_SEED = 0  # held-out masks are the same in every run, so that their losses can be compared
@@ -28,38 +33,67 @@ class Data:
     config: Config
     vocabulary: Vocabulary
     shards: ShardSet
-    training_samples: int
-    held_out_samples: int
 
-    @property
+    @cached_property
     def total_updates(self) -> int:
         """Length of the run, given or derived from the epochs."""
         training = self.config.training
         if training.total_updates is not None:
             return training.total_updates
         assert training.epochs is not None
-        return max(1, round(training.epochs * self.training_samples / self.config.batch.global_batch_size))
+        shapes, epochs_left = self.config.batch_shapes(), training.epochs
+        for shape, following in itertools.pairwise(shapes):
+            epochs_left -= (following.first_update - shape.first_update) * shape.global_batch_size / self.samples("train", shape.seq_len)
+        last = shapes[-1]
+        return max(1, last.first_update + round(epochs_left * self.samples("train", last.seq_len) / last.global_batch_size))
 
     @property
     def unigram_entropy(self) -> float:
         """Entropy of the training split's token frequencies, in nats: the loss of a model that has learned only those."""
         return float(self.shards.manifest["splits"]["train"]["unigram_entropy"])
 
-    def training_batches(self, plan: BatchPlan) -> Batches:
-        """The training split, shuffled anew every epoch, without end."""
-        seed, masking = self.config.seed, self.config.masking
-        return self._batches(
-            "train", Shuffled(self.training_samples, seed), self._masker(masking.mask_share, masking.random_share, seed), plan
+    def samples(self, split: str, seq_len: int | None = None) -> int:
+        """Sequences of a split, of the length given or the config's."""
+        return int(self._sequences(split, seq_len or self.config.data.seq_len).samples_per_shard.sum())
+
+    def training_batches(self, world_size: int) -> Batches:
+        """The training split, shuffled anew every epoch, without end.
+
+        A stage with the sequence length of the one before goes on where that ended. Any other begins with the next window of shards
+        (where there is none, the next epoch), so that nothing is shown twice.
+        """
+        stages: list[Stage] = []
+        orders: list[Shuffled] = []
+        for shape in self.config.batch_shapes():
+            sequences = self._sequences("train", shape.seq_len)
+            order = Shuffled(sequences.samples_per_shard, self.config.data.shuffle_window, self.config.seed)
+            first_position = stages[-1].position(shape.first_update) if stages else 0
+            if orders and order.samples != orders[-1].samples:
+                first_position = order.position_of(*orders[-1].next_window(first_position))
+            plan = BatchPlan(shape.global_batch_size, shape.max_micro_batch_size, world_size)
+            stages.append(Stage(shape.first_update, first_position, plan, sequences, order))
+            orders.append(order)
+        masking, vocabulary = self.config.masking, self.vocabulary
+        masker = dataclasses.replace(
+            self._masker(masking.mask_share, masking.random_share, self.config.seed),
+            unit=masking.unit,
+            words=None if masking.unit == "token" else Words.of(vocabulary.tokenizer, vocabulary.special_ids),
+            final_ratio=masking.final_ratio,
+            total_updates=self.total_updates,
         )
+        return self._batches(stages, masker)
 
     def held_out_batches(self, plan: BatchPlan) -> tuple[Batches, int]:
         """The held-out split in order with masks that never change, and the number of steps that go through it once.
 
+        Single tokens are hidden, masking.ratio of them, whatever training hides: runs that differ in that can still be compared.
         Here every hidden token is shown as ``<mask>``. With the tenth that training leaves in place, a model that copies it and knows
         nothing but word frequencies would seem to be half a nat below the unigram entropy.
         """
-        samples = min(self.held_out_samples, self.config.evaluation.max_sequences)
-        batches = self._batches("held_out", Sequential(samples), self._masker(1.0, 0.0, _EVALUATION_SEED), plan)
+        sequences = self._sequences("held_out", self.config.data.seq_len)
+        samples = min(self.samples("held_out"), self.config.evaluation.max_sequences)
+        stage = Stage(0, 0, plan, sequences, Sequential(samples))
+        batches = self._batches([stage], self._masker(1.0, 0.0, _EVALUATION_SEED))
         return batches, -(-samples // plan.global_batch_size)
 
     def prompts(self) -> list[str]:
@@ -70,8 +104,15 @@ class Data:
         vocabulary, ratio = self.vocabulary, self.config.masking.ratio
         return Masker(ratio, mask_share, random_share, vocabulary.size, vocabulary.mask_id, vocabulary.special_ids, seed)
 
-    def _batches(self, split: str, order: Order, masker: Masker, plan: BatchPlan) -> Batches:
-        return Batches(_sequences(self.config, self.vocabulary, self.shards, split), order.at, masker, plan, self.vocabulary.pad_id)
+    def _batches(self, stages: list[Stage], masker: Masker) -> Batches:
+        isolated_by = self.vocabulary.eos_id if self.config.data.packing == "isolated" else None
+        return Batches(stages, masker, self.vocabulary.pad_id, isolated_by)
+
+    def _sequences(self, split: str, seq_len: int) -> Sequences:
+        shards, vocabulary = self.shards.splits[split], self.vocabulary
+        if self.config.data.packing == "padded":
+            return Padded(shards, seq_len, vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
+        return Contiguous(shards, seq_len, vocabulary.bos_id, vocabulary.pad_id)
 
     def _derived_prompts(self) -> list[str]:
         length = min(_PROMPT_TOKENS, self.config.data.seq_len - 2)
@@ -94,17 +135,43 @@ class Data:
         return f"{tokenizer.decode(document[:place])} {SPECIAL_TOKENS[4]}{tokenizer.decode(document[place + 1 :])}"
 
 
+class Prefetcher:
+    """Has the shards that a rank will read from fetched to this node before it does, where they come from a URL."""
+
+    def __init__(self, data: Data, batches: Batches, rank: int, first_update: int, *, updates_ahead: int = 256) -> None:
+        self.shards, self.batches, self.rank, self.stop_update = data.shards, batches, rank, data.total_updates
+        self.updates_ahead, self.looked_at = updates_ahead, first_update
+        self.wanted: deque[list[int]] = deque(maxlen=updates_ahead)  # by update
+
+    def advance(self, update: int) -> None:
+        """Look as far ahead of an update as is allowed, and ask for what has not been asked for."""
+        if self.shards.cache is None:
+            return
+        before = set(itertools.chain(*self.wanted))
+        while self.looked_at < min(update + self.updates_ahead, self.stop_update):
+            self.wanted.append(self.batches.shards(self.looked_at, self.rank))
+            self.looked_at += 1
+        wanted = list(dict.fromkeys(itertools.chain(*self.wanted)))
+        if not before.issuperset(wanted):
+            self.shards.prefetch("train", wanted)
+
+
 def open_data(config: Config, *, hashes: bool = True) -> Data:
     """Open and check what a config names.
 
     Args:
-        hashes: verify every byte of the shards, not only their sizes.
+        hashes: verify the shards as the config says; else only their sizes, for ranks that need not do what another does.
 
     Raises:
         UserError: shards or tokenizer missing, damaged, of different making, or too little text for one sequence.
     """
     vocabulary = load_tokenizer(Path(config.data.tokenizer))
-    shards = open_shards(Path(config.data.shards), hashes=hashes)
+    settings = config.data
+    shards = open_shards(
+        settings.shards,
+        hashes=settings.verify_hashes if hashes else False,
+        cache=lambda url: shard_cache(url, settings.cache_dir, settings.cache_gb),
+    )
     if shards.manifest["tokenizer"] != vocabulary.fingerprint:
         raise UserError(
             f"the shards {config.data.shards} were made with another tokenizer than {config.data.tokenizer}: "
@@ -114,15 +181,20 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} is less than the tokenizer's {vocabulary.size} entries; raise it or leave it out"
         )
-    counts = {split: _sequences(config, vocabulary, shards, split).samples for split in ("train", "held_out")}
-    for split, count in counts.items():
-        if count == 0:
-            tokens = shards.manifest["splits"][split]["tokens"]
-            raise UserError(
-                f"the split {split} of {config.data.shards} has {tokens} tokens, "
-                f"less than one sequence of data.seq_len {config.data.seq_len}: lower that, bring more text, or hold out more of it"
-            )
-    data = Data(config, vocabulary, shards, counts["train"], counts["held_out"])
+    data = Data(config, vocabulary, shards)
+    for split in SPLITS:
+        for seq_len in {shape.seq_len for shape in config.batch_shapes()}:
+            if data.samples(split, seq_len) == 0:
+                tokens = shards.manifest["splits"][split]["tokens"]
+                raise UserError(
+                    f"the split {split} of {config.data.shards} has {tokens} tokens, "
+                    f"less than one sequence of data.seq_len {seq_len}: lower that, bring more text, or hold out more of it"
+                )
+    if config.stages and config.stages[-1].until_update >= data.total_updates:
+        raise UserError(f"stages: until_update {config.stages[-1].until_update} is beyond the run's {data.total_updates} updates; lower it")
+    for opened in shards.splits.values():
+        if shards.cache is not None:  # a shard that is open takes space even when the cache has let go of it
+            opened.open_at_once = config.data.shuffle_window + 1
     if config.optimizer.warmup_updates >= data.total_updates > 1:
         raise UserError(
             f"optimizer.warmup_updates {config.optimizer.warmup_updates} is not less than the run's {data.total_updates} updates; lower it"
@@ -138,9 +210,7 @@ def dropout_seed(seed: int, update: int, micro_step: int, rank: int) -> int:
     return int(fold(seed, update, micro_step, rank)[0] >> np.uint64(1))
 
 
-def _sequences(config: Config, vocabulary: Vocabulary, shards: ShardSet, split: str) -> Sequences:
-    opened: Sequence[tuple[np.ndarray, np.ndarray]] = [(shard.tokens, shard.boundaries) for shard in shards.splits[split]]
-    seq_len = config.data.seq_len
-    if config.data.packing == "padded":
-        return Padded(opened, seq_len, vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
-    return Contiguous([tokens for tokens, _ in opened], seq_len, vocabulary.bos_id, vocabulary.pad_id)
+def shard_cache(url: str, folder: str | None = None, gigabytes: float = 100.0) -> Cache:
+    """The cache of this node for shards at a URL, by default below the job's or the system's temporary folder."""
+    temporary = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
+    return Cache(url, Path(folder) if folder else temporary / f"kantai-{os.getuid()}", int(gigabytes * 1e9))

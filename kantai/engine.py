@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kantai import UserError
-from kantai.batches import Batch
 from kantai.checkpoint import record
 from kantai.cluster import Place
-from kantai.config import BatchPlan, Config
+from kantai.config import Config
 from kantai.data import dropout_seed
 from kantai.masking import IGNORED_LABEL
-from kantai.model import MaskedRoberta, as_inputs, training_flops
+from kantai.model import MaskedRoberta, MicroBatch, training_flops
 from kantai.optim import build_optimizer
 
 T = TypeVar("T")
@@ -55,20 +54,20 @@ class Outcome:
 class Engine:
     """A model and its optimizer on all ranks, under the backend that the launcher chose."""
 
-    def __init__(self, config: Config, plan: BatchPlan, place: Place, model: MaskedRoberta) -> None:
+    def __init__(self, config: Config, place: Place, model: MaskedRoberta) -> None:
         """Join the other ranks.
 
         Raises:
             UserError: the world or the backend is not the one that the launcher announced.
         """
-        self.config, self.plan, self.place = config, plan, place
-        self.accelerator = _accelerator(config, plan)
+        self.config, self.place = config, place
+        self.accelerator = _accelerator(config)
         _refuse_other_world(self.accelerator, place)
         self._deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self._deepspeed:
             self.accelerator.state.deepspeed_plugin.deepspeed_config |= {
-                "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-                "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+                "train_micro_batch_size_per_gpu": 1,  # which serves its own statistics alone
+                "gradient_accumulation_steps": 1,  # until the first update says more
                 "gradient_clipping": config.optimizer.max_grad_norm,
             }
         self.shape = model.config
@@ -80,26 +79,28 @@ class Engine:
         """Where this rank computes."""
         return torch.device(self.accelerator.device)
 
-    def update(self, update: int, micro_batches: Sequence[Batch], learning_rate: float) -> Outcome:
+    def update(self, update: int, micro_batches: Sequence[MicroBatch], learning_rate: float) -> Outcome:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
 
         Args:
             update: counted from 0; with the seed it decides dropout.
-            micro_batches: this rank's rows, ``gradient_accumulation_steps`` of them.
+            micro_batches: this rank's rows; all ranks bring as many.
         """
-        masked = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
-        tokens, pairs = sum(batch.tokens for batch in micro_batches), sum(batch.attended_pairs for batch in micro_batches)
+        batches = [micro_batch.batch for micro_batch in micro_batches]
+        masked = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
+        tokens, pairs = sum(batch.tokens for batch in batches), sum(batch.attended_pairs for batch in batches)
         counts = self.sum_over_ranks(torch.tensor([masked, tokens, pairs], dtype=torch.float64))
         # Accelerate and DeepSpeed divide by the micro-steps, and average over ranks.
-        weight = self.plan.gradient_accumulation_steps * self.plan.world_size / max(1.0, counts[0].item())
+        weight = len(micro_batches) * self.place.world_size / max(1.0, counts[0].item())
+        self._expect_micro_steps(len(micro_batches))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
         sums = torch.zeros(2, device=self.device)
-        for micro_step, batch in enumerate(micro_batches):
+        for micro_step, micro_batch in enumerate(micro_batches):
             torch.manual_seed(dropout_seed(self.config.seed, update, micro_step, self.place.rank))
             with self.accelerator.accumulate(self.model):
-                loss_sum, correct = self.model(**self.inputs(batch))
+                loss_sum, correct = self.model(**micro_batch.on(self.device))
                 self.accelerator.backward(loss_sum * weight)
                 sums += torch.stack([loss_sum.detach(), correct])
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm or math.inf)
@@ -110,9 +111,15 @@ class Engine:
         flops = training_flops(self.shape, tokens, pairs, int(counts[0]))
         return Outcome(loss, correct, float(grad_norm), tokens, flops)
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """A micro-batch as the model's arguments, on this rank's device."""
-        return as_inputs(batch, self.device)
+    def _expect_micro_steps(self, number: int) -> None:
+        """Tell the backend how many backward passes the next optimizer step follows: stages of a run differ in that."""
+        self.accelerator.step = 0  # Accelerate counts on from update to update, and would step at a multiple of the new number
+        if number == self.accelerator.gradient_accumulation_steps:
+            return
+        self.accelerator.gradient_accumulation_steps = number
+        if self._deepspeed:
+            self.model.set_train_batch_size(number * self.place.world_size)
+            self.model.optimizer.gradient_accumulation_steps = number
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
@@ -283,7 +290,7 @@ def _entry(name: str, key: str) -> str:
     return f"{name}/{key}" if key else name
 
 
-def _accelerator(config: Config, plan: BatchPlan) -> Accelerator:
+def _accelerator(config: Config) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     on_cpu = not torch.cuda.is_available()
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
@@ -294,7 +301,6 @@ def _accelerator(config: Config, plan: BatchPlan) -> Accelerator:
     return Accelerator(
         cpu=on_cpu and not deepspeed,
         mixed_precision={"fp32": "no"}.get(config.training.precision, config.training.precision),
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
         kwargs_handlers=handlers,
     )
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kantai.batches import Batch, Batches
+from kantai.batches import Batches
 from kantai.masking import IGNORED_LABEL
+from kantai.model import MicroBatch
 from kantai.tokenizer import Vocabulary
 
 
@@ -37,22 +38,22 @@ def held_out_score(
     steps: int,
     *,
     rank: int,
-    inputs: Callable[[Batch], dict[str, Tensor]],
+    device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Score:
     """Score a model; every rank takes its rows of every step, and all get the same score.
 
     Args:
         batches, steps: see :meth:`kantai.data.Data.held_out_batches`.
-        inputs: a batch as the model's arguments, on its device.
+        device: of the model.
         sum_over_ranks: adds a tensor over all ranks.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for step in range(steps):
-        for micro_step in range(batches.plan.gradient_accumulation_steps):
+        for micro_step in range(batches.stage(step).plan.gradient_accumulation_steps):
             batch = batches.micro_batch(step, micro_step, rank)
-            loss_sum, correct = model(**inputs(batch))
+            loss_sum, correct = model(**MicroBatch(batch).on(device))
             sums += torch.tensor([loss_sum.item(), correct.item(), float((batch.labels != IGNORED_LABEL).sum())], dtype=torch.float64)
     loss_sum, correct, masked = sum_over_ranks(sums).tolist()
     return Score(loss_sum / max(1.0, masked), correct / max(1.0, masked), int(masked))

@@ -1,12 +1,16 @@
 """RoBERTa from a config: the stock model, with the language-model head and the loss on masked positions alone."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForMaskedLM
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, RobertaConfig, RobertaForMaskedLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from kantai import UserError
 from kantai import config as settings
@@ -15,6 +19,7 @@ from kantai.masking import IGNORED_LABEL
 from kantai.tokenizer import Vocabulary
 
 _VOCAB_MULTIPLE = 64  # matrix products like round sizes
+ATTENTION = "sdpa_or_varlen"  # in memory only: transformers writes no attention into a config file
 
 
 class MaskedRoberta(RobertaForMaskedLM):
@@ -30,6 +35,7 @@ class MaskedRoberta(RobertaForMaskedLM):
         attention_mask: Tensor | None = None,
         masked_positions: Tensor | None = None,
         labels: Tensor | None = None,
+        document_starts: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Sum of the losses of the masked tokens, and how many of them are predicted right.
@@ -39,18 +45,72 @@ class MaskedRoberta(RobertaForMaskedLM):
             attention_mask: [rows, length], or None when there is no padding.
             masked_positions: [rows, most masked]; None asks for the stock forward.
             labels: [rows, most masked], ``IGNORED_LABEL`` where ``masked_positions`` is filling.
+            document_starts: int32, where in the rows laid end to end each document begins, then their size; or None. Each document is
+                computed as if it were alone. The rows must have no padding.
 
         Returns:
             (loss sum, count of right predictions), both fp32 scalars.
         """
+        if document_starts is None:
+            kwargs["attention_mask"] = attention_mask
+        else:
+            kwargs |= self._isolated(document_starts, *input_ids.shape)
         if masked_positions is None or labels is None:
-            return super().forward(input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        hidden = self.roberta(input_ids, attention_mask=attention_mask).last_hidden_state
+            return super().forward(input_ids, labels=labels, **kwargs)
+        hidden = self.roberta(input_ids, **kwargs).last_hidden_state
         picked = hidden.gather(1, masked_positions[:, :, None].expand(-1, -1, hidden.shape[2]))
         logits = self.lm_head(picked).flatten(0, 1).float()  # fp32 under every backend: bf16 steps of a loss of 5 are 1/32
         labels = labels.flatten()
         loss_sum = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
         return loss_sum, (logits.detach().argmax(1) == labels).sum().float()
+
+    def _isolated(self, starts: Tensor, rows: int, length: int) -> dict[str, Tensor]:
+        """The stock forward's arguments under which attention and position ids stop at document ends. Never waits for the device."""
+        places = torch.arange(rows * length, dtype=starts.dtype, device=starts.device)
+        documents = torch.searchsorted(starts, places, right=True) - 1
+        offsets = (places - starts[documents]).long().view(rows, length)
+        arguments = {"position_ids": self.config.pad_token_id + 1 + offsets}
+        if self._varlen_applies(starts.device):
+            return {**arguments, "document_starts": starts}
+        documents = documents.view(rows, 1, length)
+        return {**arguments, "attention_mask": documents[..., :, None] == documents[..., None, :]}
+
+    def _varlen_applies(self, device: torch.device) -> bool:
+        """Whether PyTorch's variable-length attention can do it: a flash kernel, so without fp32, dropout and odd head sizes."""
+        if device.type != "cuda" or self.config._attn_implementation != ATTENTION or torch.cuda.get_device_properties(device).major < 8:
+            return False
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self.dtype
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        return dtype in (torch.bfloat16, torch.float16) and not dropout and head_size % 8 == 0 and head_size <= 128
+
+
+def _sdpa_or_varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    document_starts: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: [rows, heads, length, head size] in, [rows, length, heads, head size] out.
+
+    Args:
+        document_starts: see :meth:`MaskedRoberta.forward`; None: stock attention.
+    """
+    if document_starts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    rows, _, length, _ = query.shape
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    # A row's length for the longest document's, which only the device knows.
+    out: Any = varlen_attn(query, key, value, document_starts, document_starts, length, length)
+    return out.unflatten(0, (rows, length)), None
+
+
+AttentionInterface.register(ATTENTION, _sdpa_or_varlen)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRoberta:
@@ -68,7 +128,7 @@ def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRobert
             bos_token_id=vocabulary.bos_id,
             pad_token_id=vocabulary.pad_id,
             eos_token_id=vocabulary.eos_id,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             architectures=["RobertaForMaskedLM"],
         )
     )
@@ -77,13 +137,31 @@ def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRobert
     return built
 
 
-def as_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """A batch as the arguments of :meth:`MaskedRoberta.forward`, on a device."""
-    arrays = {"input_ids": batch.input_ids, "masked_positions": batch.masked_positions, "labels": batch.labels}
-    tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-    if batch.attention_mask is not None:
-        tensors["attention_mask"] = torch.from_numpy(batch.attention_mask).to(device, non_blocking=True)
-    return tensors
+@dataclass(frozen=True)
+class MicroBatch:
+    """A batch on its way from a loader to a device.
+
+    A loader's worker sends arrays: tensors would go through shared memory, one file descriptor each, which is slower for so little and
+    runs out where containers have little of it.
+    """
+
+    batch: Batch
+    pinned: dict[str, Tensor] | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of :meth:`MaskedRoberta.forward`."""
+        names = ("input_ids", "attention_mask", "masked_positions", "labels", "document_starts")
+        arrays = {name: getattr(self.batch, name) for name in names}
+        return self.pinned or {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory, from which it is copied while the device computes; called by the loader."""
+        return MicroBatch(self.batch, {name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The arguments on a device."""
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
 
 
 def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:

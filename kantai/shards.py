@@ -4,24 +4,31 @@ A shard is one Arrow record batch with the one column ``input_ids``: its values 
 ends with ``</s>``, and its offsets are the document boundaries. ``datasets.load_dataset("arrow", data_files=...)`` reads it too.
 """
 
-import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from kantai import UserError
-from kantai.checkpoint import Damaged, staged, verify
+from kantai.cache import Cache, RemoteFile
+from kantai.checkpoint import MANIFEST, Damaged, parse_manifest, record, replaced, verify
+
+Int64s = npt.NDArray[np.int64]
 
 SPLITS = ("train", "held_out")
-SHARD_TOKENS = 1 << 26
-_DOCUMENTS_A_BATCH = 1024
+SHARD_TOKENS = 1 << 25
+TOKEN_COUNTS = "token_counts.npy"
+
 _MOST_UINT16_IDS = 1 << 16
+_OPEN_AT_ONCE = 512
+_QUICKLY_HASHED_BYTES = 1 << 32
+_WRITE_AGAIN = "write them again with scripts/tokenize_corpus.py"
 
 
 @dataclass(frozen=True)
@@ -31,158 +38,184 @@ class Shard:
     tokens: npt.NDArray[Any]
     boundaries: npt.NDArray[np.int32]
 
+    @property
+    def lengths(self) -> Int64s:
+        """Tokens of each document, its ``</s>`` included."""
+        return np.diff(self.boundaries).astype(np.int64)
+
+
+class Split:
+    """The shards of a split in order: how much is in each, known from the manifest, and what, opened when it is asked for."""
+
+    def __init__(self, entries: list[dict[str, Any]], open_file: Callable[[str], Shard]) -> None:
+        self.files: list[str] = [entry["file"] for entry in entries]
+        self.documents: Int64s = np.array([entry["documents"] for entry in entries], np.int64)
+        self.tokens: Int64s = np.array([entry["tokens"] for entry in entries], np.int64)
+        self.open_at_once = _OPEN_AT_ONCE
+        self._open_file = open_file
+        self._opened: OrderedDict[int, Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> Shard:
+        """One shard. Those not used for longest are let go of: there may be more than a process may map, or a cache may hold.
+
+        Raises:
+            UserError: it is not what the manifest says, or cannot be fetched.
+        """
+        if number in self._opened:
+            self._opened.move_to_end(number)
+        else:
+            shard = self._open_file(self.files[number])
+            if len(shard.tokens) != self.tokens[number] or len(shard.boundaries) != self.documents[number] + 1:
+                raise UserError(f"damaged shards: {self.files[number]} is not as its manifest says; {_WRITE_AGAIN}")
+            self._opened[number] = shard
+            while len(self._opened) > self.open_at_once:
+                self._opened.popitem(last=False)
+        return self._opened[number]
+
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened folder of shards: the manifest, and the shards of each split in order."""
+    """An opened folder of shards: the manifest, the splits, and the cache through which they come if they are elsewhere."""
 
     manifest: dict[str, Any]
-    splits: dict[str, tuple[Shard, ...]]
+    splits: dict[str, Split]
+    open_file: Callable[[str], BinaryIO]
+    cache: Cache | None
+
+    def token_counts(self) -> Int64s:
+        """How often each entry of the vocabulary occurs, [splits, vocabulary]."""
+        with self.open_file(TOKEN_COUNTS) as file:
+            counts: Int64s = np.load(file, allow_pickle=False)
+        return counts
+
+    def prefetch(self, split: str, numbers: list[int]) -> None:
+        """Have some shards fetched in the background, in this order, where they are not on this node."""
+        if self.cache is not None:
+            self.cache.prefetch([_remote_file(self.manifest, self.splits[split].files[number]) for number in numbers])
 
 
-def write_shards(
-    documents: Iterable[str],
-    output: Path,
-    *,
-    encode: Callable[[list[str]], list[list[int]]],
-    vocab_size: int,
-    eos_id: int,
-    fingerprint: str,
-    source: dict[str, Any],
-    held_out_share: float = 0.01,
-    shard_tokens: int = SHARD_TOKENS,
-) -> dict[str, Any]:
-    """Tokenize documents into a sealed folder of shards and return its manifest.
-
-    Args:
-        documents: texts; which split one belongs to is decided by its hash, so the same text always lands in the same.
-        encode: ids of a list of texts, without special tokens.
-        vocab_size: of the tokenizer; up to 65,536 a token takes two bytes.
-        eos_id: appended to every document.
-        fingerprint: of the tokenizer, noted in the manifest.
-        source: where the documents came from, noted in the manifest.
-        held_out_share: share of the documents that is never trained on.
-        shard_tokens: tokens after which a shard is closed.
-
-    Raises:
-        UserError: no documents, or none of them fell into one of the splits.
-    """
-    if not 0 < held_out_share < 1:
-        raise UserError(f"--held_out {held_out_share} must lie between 0 and 1")
-    dtype = np.dtype(np.uint16 if vocab_size <= _MOST_UINT16_IDS else np.uint32)
-    meta: dict[str, Any] = {
-        "kind": "shards",
-        "tokenizer": fingerprint,
-        "vocab_size": vocab_size,
-        "dtype": dtype.name,
-        "source": source,
-        "splits": {},
-    }
-    with staged(output, **meta) as folder:
-        writers = {name: _SplitWriter(folder, name, dtype, shard_tokens, vocab_size) for name in SPLITS}
-        for texts in _batched(documents):
-            for text, ids in zip(texts, encode(list(texts)), strict=True):
-                writers["held_out" if _position(text) < held_out_share else "train"].add([*ids, eos_id])
-        for name, writer in writers.items():
-            meta["splits"][name] = writer.close(eos_id)
-        if not meta["splits"]["train"]["documents"]:
-            raise UserError(
-                "no documents to train on: the input has no text"
-                if not meta["splits"]["held_out"]["documents"]
-                else "no documents to train on: lower --held_out"
-            )
-        if not meta["splits"]["held_out"]["documents"]:
-            raise UserError(
-                f"none of {meta['splits']['train']['documents']} documents was held out: raise --held_out, or cut smaller documents"
-            )
-    return meta
-
-
-def open_shards(folder: Path, *, hashes: bool = True) -> ShardSet:
-    """Map a folder of shards into memory.
+def open_shards(location: str | Path, *, hashes: bool | None = None, cache: Callable[[str], Cache] | None = None) -> ShardSet:
+    """Open a set of shards: a folder, mapped into memory, or a URL, fetched shard by shard when they are needed.
 
     Args:
-        hashes: compare every byte with the manifest's SHA-256, not only the sizes.
+        hashes: compare every byte of a folder with the manifest's SHA-256, not only the sizes. None: where that is done in seconds.
+            What is fetched is always compared.
+        cache: makes the node's cache for a URL.
 
     Raises:
-        UserError: not a folder of shards, or one that is not as it was written.
+        UserError: not a set of shards, or one that is not as it was written.
     """
-    if not folder.is_dir():
-        raise UserError(f"no shards at {folder}: write them with scripts/tokenize_corpus.py")
     try:
-        manifest = verify(folder, hashes=hashes)
-        dtype = np.dtype(manifest["dtype"])
-        splits = {name: tuple(_open(folder / file, dtype) for file in manifest["splits"][name]["shards"]) for name in SPLITS}
+        if "://" not in str(location):
+            return _open_folder(Path(location), hashes)
+        if cache is None:
+            raise UserError(f"{location} is not on this machine: train from it, or copy it to a folder first")
+        return _open_remote(cache(str(location)), str(location))
     except Damaged as damage:
-        raise UserError(f"damaged shards: {damage}; write them again with scripts/tokenize_corpus.py") from None
-    except (KeyError, TypeError, ValueError, pa.ArrowException):
-        raise UserError(f"{folder} is not a folder of shards: write one with scripts/tokenize_corpus.py") from None
-    return ShardSet(manifest, splits)
+        raise UserError(f"damaged shards: {damage}; {_WRITE_AGAIN}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{location} is not a folder of shards: write one with scripts/tokenize_corpus.py") from None
 
 
-class _SplitWriter:
-    """Collects one split's documents and writes a shard whenever enough tokens came together."""
+class ShardWriter:
+    """Collects documents and writes a shard whenever enough tokens came together."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int, vocab_size: int) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.counts = np.zeros(vocab_size, np.int64)
-        self.documents = 0
-        self.shards: list[str] = []
+    def __init__(self, prefix: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
+        """Write ``PREFIX-000.arrow``, ``PREFIX-001.arrow`` and so on."""
+        self.prefix, self.shard_tokens, self.dtype = prefix, shard_tokens, token_dtype(vocab_size)
+        self.token_counts = np.zeros(vocab_size, np.int64)
+        self.shards: list[dict[str, Any]] = []
         self._start()
 
     def _start(self) -> None:
-        self.pieces: list[npt.NDArray[Any]] = []
-        self.boundaries = [0]
+        self._tokens: list[npt.NDArray[Any]] = []
+        self._lengths: list[Int64s] = []
+        self._collected = 0
 
-    def add(self, ids: list[int]) -> None:
-        if self.boundaries[-1] and self.boundaries[-1] + len(ids) > self.shard_tokens:
+    def add(self, tokens: npt.NDArray[Any], lengths: Int64s) -> None:
+        """Append documents: their tokens one after another, each ended by ``</s>``, and how many each has."""
+        if self._collected and self._collected + len(tokens) > self.shard_tokens:
             self._write()
-        self.pieces.append(np.array(ids, self.dtype))
-        self.boundaries.append(self.boundaries[-1] + len(ids))
+        self._tokens.append(tokens.astype(self.dtype))
+        self._lengths.append(lengths)
+        self._collected += len(tokens)
 
-    def close(self, eos_id: int) -> dict[str, Any]:
-        """Write what is left; return the split's manifest entry."""
-        self._write()
-        words = np.delete(self.counts, eos_id)
-        shares = words[words > 0] / max(1, words.sum())
-        return {
-            "shards": self.shards,
-            "documents": self.documents,
-            "tokens": int(self.counts.sum()),
-            # In nats a token: the loss of a model that knows the frequency of every token and nothing else.
-            "unigram_entropy": float(-(shares * np.log(shares)).sum()),
-        }
+    def close(self) -> list[dict[str, Any]]:
+        """Write what is left; return the entries of all shards: file, documents, tokens, bytes, sha256."""
+        if self._collected:
+            self._write()
+        return self.shards
 
     def _write(self) -> None:
-        if not self.pieces:
-            return
-        tokens = np.concatenate(self.pieces)
-        name = f"{self.split}-{len(self.shards):05d}.arrow"
-        column = pa.ListArray.from_arrays(pa.array(self.boundaries, pa.int32()), pa.array(tokens))
-        batch = pa.record_batch([column], names=["input_ids"])
-        with pa.OSFile(str(self.folder / name), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
-            stream.write_batch(batch)
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        self.documents += len(self.pieces)
-        self.shards.append(name)
+        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
         self._start()
+        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
+        self.shards.append(write_shard(self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):03d}.arrow"), tokens, lengths))
 
 
-def _open(path: Path, dtype: np.dtype[Any]) -> Shard:
-    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    column = table.column("input_ids").chunk(0)
-    tokens = column.values.to_numpy(zero_copy_only=True)
-    if tokens.dtype != dtype:
-        raise ValueError(path)
-    return Shard(tokens, column.offsets.to_numpy(zero_copy_only=True))
+def write_shard(path: Path, tokens: npt.NDArray[Any], lengths: Int64s) -> dict[str, Any]:
+    """Write one shard, whole or not at all, and return its entry: file, documents, tokens, bytes, sha256."""
+    boundaries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).astype(np.int32)
+    batch = pa.record_batch([pa.ListArray.from_arrays(pa.array(boundaries), pa.array(tokens))], names=["input_ids"])
+    with replaced(path) as partial:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        return {"file": path.name, "documents": len(lengths), "tokens": len(tokens), **record(partial)}
 
 
-def _position(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()) * 2.0**-56
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """What holds the ids of a vocabulary: two bytes up to 65,536 entries, else four."""
+    return np.dtype(np.uint16 if vocab_size <= _MOST_UINT16_IDS else np.uint32)
 
 
-def _batched(documents: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    iterator = iter(documents)
-    while batch := tuple(itertools.islice(iterator, _DOCUMENTS_A_BATCH)):
-        yield batch
+def map_shard(file: BinaryIO) -> Shard:
+    """Map one shard into memory.
+
+    Raises:
+        UserError: it is no shard.
+    """
+    try:
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        column = pa.ipc.open_stream(content).read_all().column("input_ids").chunk(0)
+        return Shard(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"damaged shards: {file.name} is none: {error}; {_WRITE_AGAIN}") from None
+
+
+def _open_folder(folder: Path, hashes: bool | None) -> ShardSet:
+    if not folder.is_dir():
+        raise UserError(f"no shards at {folder}: write them with scripts/tokenize_corpus.py")
+    manifest = verify(folder, hashes=False)
+    if hashes or (hashes is None and sum(entry["bytes"] for entry in manifest["files"].values()) < _QUICKLY_HASHED_BYTES):
+        verify(folder)
+    return _shard_set(manifest, lambda name: (folder / name).open("rb"), None)
+
+
+def _open_remote(cache: Cache, url: str) -> ShardSet:
+    manifest = parse_manifest(cache.read_small(MANIFEST), f"{url}/{MANIFEST}")
+    return _shard_set(manifest, lambda name: cache.open(_remote_file(manifest, name)), cache)
+
+
+def _shard_set(manifest: dict[str, Any], open_file: Callable[[str], BinaryIO], cache: Cache | None) -> ShardSet:
+    dtype = np.dtype(manifest["dtype"])
+
+    def open_shard(name: str) -> Shard:
+        with open_file(name) as file:
+            shard = map_shard(file)
+        if shard.tokens.dtype != dtype:
+            raise UserError(f"damaged shards: {name} holds {shard.tokens.dtype}, not {dtype}; {_WRITE_AGAIN}")
+        return shard
+
+    splits = {name: Split(manifest["splits"][name]["shards"], open_shard) for name in SPLITS}
+    return ShardSet(manifest, splits, open_file, cache)
+
+
+def _remote_file(manifest: dict[str, Any], name: str) -> RemoteFile:
+    entry = manifest["files"][name]
+    return RemoteFile(name, entry["bytes"], entry["sha256"])

@@ -6,29 +6,35 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kantai.batches import Batch, Batches
+from kantai.batches import Batches, Stage
 from kantai.checkpoint import begin, publish, verify
 from kantai.cluster import Place, StopSignal
 from kantai.config import BatchPlan
+from kantai.data import Prefetcher
 from kantai.engine import Engine, Outcome
 from kantai.evaluate import fill_masks, held_out_score
 from kantai.metrics import Metrics, Progress, Speed, peak_memory_gib
-from kantai.model import build_model
+from kantai.model import MicroBatch, build_model
 from kantai.optim import learning_rate
 from kantai.rundir import RunDir
+
+_PREFETCHED = 4  # micro-batches that a worker makes ahead
 
 
 def train(run_dir: RunDir, place: Place) -> None:
     """Train from the newest valid checkpoint, or from scratch, to the last update or a stop signal."""
     config, data = run_dir.config, run_dir.data
     stop = StopSignal()
-    plan = BatchPlan(config.batch.global_batch_size, config.batch.micro_batch_size, place.world_size)
-    engine = Engine(config, plan, place, build_model(config, data.vocabulary))
-    run = Run(run_dir, engine)
+    engine = Engine(config, place, build_model(config, data.vocabulary))
+    batches = data.training_batches(place.world_size)
+    run = Run(run_dir, engine, batches)
     first_update = run.resume()
+    prefetcher = Prefetcher(data, batches, place.rank, first_update)
+    on_gpu = engine.device.type == "cuda"
     for update, micro_batches, waited_seconds in stream(
-        data.training_batches(plan), place.rank, first_update, data.total_updates, config.data.workers
+        batches, place.rank, first_update, data.total_updates, config.data.workers, pin_memory=on_gpu
     ):
+        prefetcher.advance(update)
         run.update(update, micro_batches, waited_seconds)
         done = update + 1
         is_last = done == data.total_updates
@@ -46,8 +52,8 @@ def train(run_dir: RunDir, place: Place) -> None:
 class Run:
     """What rank 0 writes down, and every rank's part in saving and evaluating."""
 
-    def __init__(self, run_dir: RunDir, engine: Engine) -> None:
-        self.dir, self.engine, self.config, self.data = run_dir, engine, run_dir.config, run_dir.data
+    def __init__(self, run_dir: RunDir, engine: Engine, batches: Batches) -> None:
+        self.dir, self.engine, self.config, self.data, self.batches = run_dir, engine, run_dir.config, run_dir.data, batches
         self.is_main = engine.place.is_main
         self.speed = Speed(engine.matmul_flops_per_second())
 
@@ -61,11 +67,15 @@ class Run:
         self.metrics = Metrics(self.dir.path, first_update=done + 1) if self.is_main else None
         self.progress = Progress(done, self.data.total_updates, show=self.is_main)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.raw_model.parameters())
-        self.progress.say(f"model: {parameters:,} parameters; batch: {self.engine.plan}; {self.data.total_updates} updates, {done} done")
+        self.progress.say(f"model: {parameters:,} parameters; {self.data.total_updates} updates, {done} done")
+        self.stage: Stage | None = None
         return done
 
-    def update(self, update: int, micro_batches: list[Batch], waited_seconds: float) -> None:
+    def update(self, update: int, micro_batches: list[MicroBatch], waited_seconds: float) -> None:
         """Do one update and write down what happened."""
+        if self.stage is not (stage := self.batches.stage(update)):
+            self.stage = stage
+            self.progress.say(f"from update {update} on: {stage.plan}, of up to {stage.sequences.seq_len} tokens")
         rate = learning_rate(self.config.optimizer, update, self.data.total_updates)
         start = time.perf_counter()
         outcome = self.engine.update(update, micro_batches, rate)
@@ -78,11 +88,10 @@ class Run:
 
     def evaluate(self, done: int) -> None:
         """Score the held-out split and fill in the prompts, on all ranks together."""
-        engine, micro = self.engine, self.engine.plan.micro_batch_size
-        world = engine.place.world_size
+        engine, micro, world = self.engine, self.config.batch.micro_batch_size, self.engine.place.world_size
         batches, steps = self.data.held_out_batches(BatchPlan(micro * world, micro, world))
         score = held_out_score(
-            engine.model, batches, steps, rank=engine.place.rank, inputs=engine.inputs, sum_over_ranks=engine.sum_over_ranks
+            engine.model, batches, steps, rank=engine.place.rank, device=engine.device, sum_over_ranks=engine.sum_over_ranks
         )
         prompts = self.data.prompts()
         filled = fill_masks(engine.model, self.data.vocabulary, prompts, self.config.data.seq_len)
@@ -120,30 +129,40 @@ class Run:
         self.engine.close()
 
 
-def stream(batches: Batches, rank: int, first_update: int, total_updates: int, workers: int) -> Iterator[tuple[int, list[Batch], float]]:
-    """Yield (update, this rank's micro-batches, seconds waited for them) from ``first_update`` on."""
-    steps = batches.plan.gradient_accumulation_steps
-    sampler = range(first_update * steps, total_updates * steps)
-    # Forked workers share the mapped shards; any other start would pickle them, whole.
-    context = "fork" if workers else None
+def stream(
+    batches: Batches, rank: int, first_update: int, total_updates: int, workers: int, *, pin_memory: bool = False
+) -> Iterator[tuple[int, list[MicroBatch], float]]:
+    """Yield (update, this rank's micro-batches, seconds waited for them) from ``first_update`` on, made by any number of workers."""
+
+    def micro_steps(update: int) -> range:
+        return range(batches.stage(update).plan.gradient_accumulation_steps)
+
+    sampler = ((update, micro_step) for update in range(first_update, total_updates) for micro_step in micro_steps(update))
     loader = DataLoader(
-        _MicroBatches(batches, rank), batch_size=None, sampler=sampler, num_workers=workers, multiprocessing_context=context
+        _MicroBatches(batches, rank),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        # Forked workers share the mapped shards; any other start would pickle them, whole.
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=_PREFETCHED if workers else None,
+        pin_memory=pin_memory,
     )
     micro_batches = iter(loader)
     for update in range(first_update, total_updates):
         start = time.perf_counter()
-        found = [next(micro_batches) for _ in range(steps)]
+        found = [next(micro_batches) for _ in micro_steps(update)]
         yield update, found, time.perf_counter() - start
 
 
-class _MicroBatches(Dataset[Batch]):
-    """A rank's micro-batches by number, so that a data loader's workers can make any of them."""
+class _MicroBatches(Dataset[MicroBatch]):
+    """A rank's micro-batches by update and micro-step, so that a data loader's workers can make any of them."""
 
     def __init__(self, batches: Batches, rank: int) -> None:
         self.batches, self.rank = batches, rank
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.batches.micro_batch(*divmod(number, self.batches.plan.gradient_accumulation_steps), self.rank)
+    def __getitem__(self, place: tuple[int, int]) -> MicroBatch:
+        return MicroBatch(self.batches.micro_batch(*place, self.rank))
 
 
 def _train_record(outcome: Outcome, rate: float) -> dict[str, float]:

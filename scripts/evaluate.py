@@ -19,14 +19,14 @@ def main() -> None:
     import torch
 
     from kantai.evaluate import held_out_score
-    from kantai.model import as_inputs, build_model, load_weights
+    from kantai.model import build_model, load_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run_dir.config, run_dir.data.vocabulary)
     load_weights(model, run_dir.store.path(update))
     micro = run_dir.config.batch.micro_batch_size
     batches, steps = run_dir.data.held_out_batches(BatchPlan(micro, micro, 1))
-    score = held_out_score(model.to(device), batches, steps, rank=0, inputs=lambda batch: as_inputs(batch, device))
+    score = held_out_score(model.to(device), batches, steps, rank=0, device=device)
     print(f"update {update}, {score.masked:,} masked tokens of the held-out split")
     print(f"loss        {score.loss:.4f} nats a masked token")
     print(f"the floor   {run_dir.data.unigram_entropy:.4f} nats: the corpus' unigram entropy, what knowing only word frequencies gives")

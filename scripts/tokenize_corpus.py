@@ -1,15 +1,18 @@
-"""Tokenize a corpus into shards, with a training and a held-out split.
+"""Tokenize a corpus into shards, with a training and a held-out split. Killed, it goes on where it was when it is started again.
 
 python scripts/tokenize_corpus.py --input corpus.txt --tokenizer tokenizer --output shards --document paragraph
+
+In a SLURM array each task does a part, with --part $SLURM_ARRAY_TASK_ID --parts $SLURM_ARRAY_TASK_COUNT, and a last job the --merge;
+all other arguments are the same.
 """
 
 import argparse
 from pathlib import Path
 
-from kantai import run_command
-from kantai.corpus import add_arguments, documents, find_files, with_bar
-from kantai.shards import write_shards
-from kantai.tokenizer import load_tokenizer
+from kantai import UserError, run_command
+from kantai.corpus import add_arguments, pieces
+from kantai.files import find_files
+from kantai.tokenizing import Job, describe, merge, tokenize
 
 
 def main() -> None:
@@ -18,23 +21,23 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--held_out", type=float, default=0.01, help="share of the documents that is never trained on (default 0.01)")
+    parser.add_argument("--unique", action="store_true", help="of documents with exactly the same text, keep the first")
+    parser.add_argument("--processes", type=int, help="processes at work (default: one a core)")
+    parser.add_argument("--part", type=int, help="do only this part of the work, counted from 0")
+    parser.add_argument("--parts", type=int, default=1, help="parts that the work is divided into")
+    parser.add_argument("--merge", action="store_true", help="put together what all parts have done")
     arguments = parser.parse_args()
 
-    files = find_files(arguments.input)
-    vocabulary = load_tokenizer(arguments.tokenizer)
-    texts = with_bar(documents(files, arguments.document, arguments.text_field), files)
-    manifest = write_shards(
-        texts,
-        arguments.output,
-        encode=vocabulary.encode,
-        vocab_size=vocabulary.size,
-        eos_id=vocabulary.eos_id,
-        fingerprint=vocabulary.fingerprint,
-        source={"files": [str(file) for file in files], "document": arguments.document},
-        held_out_share=arguments.held_out,
-    )
-    for name, split in manifest["splits"].items():
-        print(f"{arguments.output} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
+    if (arguments.part is None) != (arguments.parts == 1) or (arguments.merge and arguments.part is not None):
+        raise UserError("give --part and --parts together, and --merge without them")
+    found = pieces(find_files(arguments.input), arguments.document)
+    source = {"input": arguments.input, "document": arguments.document}
+    how = arguments.document, arguments.text_field, arguments.tokenizer, arguments.output
+    job = Job(found, *how, source, held_out_share=arguments.held_out, unique=arguments.unique)
+    if not arguments.merge:
+        tokenize(job, part=arguments.part or 0, parts=arguments.parts, processes=arguments.processes)
+    if arguments.part is None:
+        print(*describe(merge(job)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ python scripts/train_tokenizer.py --input corpus.txt --output tokenizer --vocab_
 """
 
 import argparse
-import sys
+import dataclasses
+import json
 from pathlib import Path
 
 from kantai import UserError, run_command
 from kantai.checkpoint import staged
-from kantai.corpus import add_arguments, documents, find_files
-from kantai.tokenizer import save_tokenizer, train_tokenizer
+from kantai.corpus import Report, add_arguments, documents, splittable, with_bar
+from kantai.files import find_files
+from kantai.sample import draw_samples
+from kantai.tokenizer import check_numbers, coverage, load_tokenizer, save_tokenizer, train_tokenizer
 
 
 def main() -> None:
@@ -19,16 +22,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--vocab_size", type=int, default=52_000, help="most entries (default 52000)")
     parser.add_argument("--min_frequency", type=int, default=2, help="occurrences that make a pair an entry (default 2)")
+    parser.add_argument("--sample_bytes", type=float, default=1e9, help="text to train on, drawn from all of the input (default 1e9)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     arguments = parser.parse_args()
+    check_numbers(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
 
+    unit, field, report = arguments.document, arguments.text_field, Report()
     with staged(arguments.output, kind="tokenizer") as folder:
-        texts = documents(find_files(arguments.input), arguments.document, arguments.text_field)
-        tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency, show_progress=sys.stderr.isatty())
-        size = tokenizer.get_vocab_size()
-        if size == 261:
+        files = find_files(arguments.input)
+        sample, rest = draw_samples(files, int(arguments.sample_bytes), arguments.seed, splittable=lambda file: splittable(file, unit))
+        texts = with_bar(sample.read(lambda piece: documents(piece, unit, field, report)), sample.expected_bytes, "reading")
+        save_tokenizer(train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency), folder)
+        vocabulary = load_tokenizer(folder)
+        if vocabulary.size == 261:
             raise UserError("the corpus filled no entry beyond the single bytes: bring more text, or lower --min_frequency")
-        save_tokenizer(tokenizer, folder)
-    print(f"{arguments.output}: the corpus filled {size:,} of {arguments.vocab_size:,} entries")
+        fit = coverage(vocabulary, rest.read(lambda piece: documents(piece, unit, field)))
+        sizes = {"corpus_bytes": sum(file.text_bytes for file in files), "corpus_files": len(files), "sample_bytes": sample.bytes}
+        content = {**sizes, "sample_files": sample.files, "seed": arguments.seed, "coverage": fit, "read": dataclasses.asdict(report)}
+        (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(*report.notes(), f"{arguments.output}: the corpus filled {vocabulary.size:,} of {arguments.vocab_size:,} entries", sep="\n")
+    print(f"trained on {sample.bytes:,} of {sizes['corpus_bytes']:,} bytes, in {sample.files:,} of {len(files):,} files")
+    print(f"{fit['bytes_per_token']:.2f} bytes and {fit['words_per_token']:.2f} words a token, {fit['one_token_words']:.0%} of words whole")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
 TINY = [
     "--data.seq_len=32",

@@ -12,9 +12,10 @@ from typing import TypeVar
 import pytest
 
 from kantai.checkpoint import staged
-from kantai.corpus import documents, find_files
-from kantai.shards import write_shards
-from kantai.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from kantai.corpus import documents, pieces
+from kantai.files import find_files
+from kantai.tokenizer import save_tokenizer, train_tokenizer
+from kantai.tokenizing import Job, merge, tokenize
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none shall pass or fail by it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -40,25 +41,29 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -
     """A tokenizer of 1,000 entries, sealed as ``scripts/train_tokenizer.py`` seals it."""
     target = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     with staged(target, kind="tokenizer") as folder:
-        save_tokenizer(train_tokenizer(documents([corpus_file], "paragraph"), VOCAB_SIZE, 2), folder)
+        texts = (text for piece in pieces(find_files([str(corpus_file)]), "paragraph") for text in documents(piece, "paragraph"))
+        save_tokenizer(train_tokenizer(texts, VOCAB_SIZE, 2), folder)
     return target
 
 
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
     """The text's paragraphs as shards, a twentieth of them held out."""
-    target = tmp_path_factory.mktemp("shards") / "shards"
-    vocabulary = load_tokenizer(tokenizer_dir)
-    write_shards(
-        documents(find_files([str(corpus_file)]), "paragraph"),
-        target,
-        encode=vocabulary.encode,
-        vocab_size=vocabulary.size,
-        eos_id=vocabulary.eos_id,
-        fingerprint=vocabulary.fingerprint,
-        source={"files": [str(corpus_file)], "document": "paragraph"},
-        held_out_share=HELD_OUT_SHARE,
-    )
+    return make_shards(tmp_path_factory.mktemp("shards") / "shards", corpus_file, tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def many_shards_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
+    """The same in some twenty shards."""
+    return make_shards(tmp_path_factory.mktemp("many") / "shards", corpus_file, tokenizer_dir, CORPUS_CHARACTERS // 20)
+
+
+def make_shards(target: Path, corpus_file: Path, tokenizer_dir: Path, piece_bytes: int | None = None) -> Path:
+    """Shards of a text's paragraphs, made by the real functions in this process."""
+    cut = pieces(find_files([str(corpus_file)]), "paragraph", piece_bytes)
+    job = Job(cut, "paragraph", "text", tokenizer_dir, target, {"input": [str(corpus_file)], "document": "paragraph"}, HELD_OUT_SHARE)
+    tokenize(job, processes=1)
+    merge(job)
     return target
 
 

@@ -8,7 +8,7 @@ import yaml
 from commands import ROOT
 
 from kantai import UserError
-from kantai.config import Config, describe, fixed_settings, load_config, refuse_other_run, save_config
+from kantai.config import BatchShape, Config, describe, fixed_settings, load_config, refuse_other_run, save_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
@@ -80,8 +80,8 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--data.seq_len=true", "data.seq_len: should be a valid integer, not True"),
         ("--data.seq_len=", "data.seq_len: should be a valid integer, not None"),
         ("--data.seq_len=7", "data.seq_len: should be greater than or equal to 8, not 7"),
-        ("--data.packing=isolated", "data.packing: should be 'contiguous' or 'padded', not 'isolated'"),
-        ("--data.packing=5", "data.packing: should be 'contiguous' or 'padded', not 5"),
+        ("--data.packing=sorted", "data.packing: should be 'contiguous', 'isolated' or 'padded', not 'sorted'"),
+        ("--data.packing=5", "data.packing: should be 'contiguous', 'isolated' or 'padded', not 5"),
         ("--masking.ratio=0", "masking.ratio: should be greater than 0, not 0"),
         ("--masking.ratio=1", "masking.ratio: should be less than 1, not 1"),
         ("--masking.random_share=0.3", "masking: mask_share + random_share must not exceed 1"),
@@ -163,9 +163,12 @@ CHANGES = {
     "seed": 1,
     "data.seq_len": 64,
     "data.packing": "padded",
+    "data.shuffle_window": 3,
     "training.total_updates": 11,
     "training.precision": "bf16",
     "masking.ratio": 0.4,
+    "masking.unit": "word",
+    "masking.final_ratio": 0.1,
     "model.hidden_size": 1536,
     "model.vocab_size": 1024,
     "batch.global_batch_size": 255,
@@ -177,6 +180,9 @@ MAY_CHANGE = {
     "data.shards": "/elsewhere",
     "data.tokenizer": "/elsewhere",
     "data.workers": 2,
+    "data.verify_hashes": True,
+    "data.cache_dir": "/elsewhere",
+    "data.cache_gb": 1.0,
     "batch.micro_batch_size": 4,
     "checkpoint.every_updates": 5,
     "checkpoint.keep": 9,
@@ -227,3 +233,30 @@ def test_a_section_given_twice_is_refused_and_an_empty_one_has_its_defaults(tmp_
     (tmp_path / "empty.yaml").write_text(text + "masking:\n")
     assert load_config(tmp_path / "empty.yaml", ["--masking.ratio=0.3"]).masking.ratio == 0.3
     assert load_config(tmp_path / "empty.yaml").masking.ratio == 0.15
+
+
+STAGES = "--stages=[{until_update: 3, seq_len: 16, global_batch_size: 12}, {until_update: 5, seq_len: 16}]"
+
+
+def test_stages_give_the_shape_of_every_update(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALLEST, STAGES, "--data.seq_len=64", "--batch.global_batch_size=20", "--batch.micro_batch_size=6")
+    assert config.batch_shapes() == [BatchShape(0, 16, 12, 24), BatchShape(3, 16, 20, 24), BatchShape(5, 64, 20, 6)]
+    assert load(tmp_path).batch_shapes() == [BatchShape(0, 512, 256, 32)]
+    with pytest.raises(UserError, match="stages was "):
+        refuse_other_run(config, load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{until_update: 5}, {until_update: 5}]", "each must end after the one before"),
+        ("[{until_update: 10}]", "until_update 10 must be less than training.total_updates 10"),
+        ("[{until_update: 5, seq_len: 1024}]", "no seq_len may exceed data.seq_len 512"),
+        ("[{until_update: 5, seqlen: 16}]", "unknown key"),
+        ("[{seq_len: 16}]", "until_update is missing"),
+        ("3", "stages: "),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(tmp_path: Path, stages: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, SMALLEST, f"--stages={stages}")

@@ -1,18 +1,32 @@
-"""Every kind of input gives the documents it holds, in a fixed order, or one line that names file and place."""
+"""Every kind of input gives the documents it holds, in a fixed order, however it is cut, or one line that names file and place."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import lzma
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import kantai.lines
 from kantai import UserError
-from kantai.corpus import Unit, documents, find_files
+from kantai.corpus import Report, Unit, documents, pieces
+from kantai.files import MIB, Span, find_files
 
 WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"
+
+
+def read(paths: Sequence[Path], unit: Unit | None = None, text_field: str = "text", report: Report | None = None) -> Iterable[str]:
+    """The documents of whole files."""
+    whole = tuple(Span(file, 0, file.size) for file in find_files([str(path) for path in paths]))
+    return documents(whole, unit, text_field, report)
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -31,85 +45,46 @@ def written(path: Path, content: str | bytes) -> Path:
     ],
 )
 def test_text_is_cut_into_units(tmp_path: Path, unit: Unit | None, expected: list[str]) -> None:
-    assert list(documents([written(tmp_path / "a.txt", WRAPPED)], unit)) == expected
+    assert list(read([written(tmp_path / "a.txt", WRAPPED)], unit)) == expected
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
 def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, unit: Unit) -> None:
     plain = written(tmp_path / "plain.txt", WRAPPED + "Überfluß\n")
     other = written(tmp_path / "other.txt", b"\xef\xbb\xbf" + (WRAPPED + "Überfluß\n").replace("\n", "\r\n").encode())
-    assert list(documents([other], unit)) == list(documents([plain], unit))
+    assert list(read([other], unit)) == list(read([plain], unit))
 
 
 def test_last_line_needs_no_line_end(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "one\n\ntwo")
-    assert list(documents([path], "line")) == list(documents([path], "paragraph")) == ["one", "two"]
+    assert list(read([path], "line")) == list(read([path], "paragraph")) == ["one", "two"]
 
 
 def test_blank_file_gives_no_documents(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "\n  \n\t\r\n")
-    assert all(list(documents([path], unit)) == [] for unit in ("line", "paragraph", "file"))
+    assert all(list(read([path], unit)) == [] for unit in ("line", "paragraph", "file"))
 
 
 def test_json_lines(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one\\ntwo", "id": 1}\r\n\r\n{"text": "  "}\n{"text": "\\u00fc"}')
-    assert list(documents([path])) == list(documents([path], "record")) == ["one\ntwo", "ü"]
+    assert list(read([path])) == list(read([path], "record")) == ["one\ntwo", "ü"]
 
 
 def test_field_of_a_record_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", '{"text": 1, "body": "right"}\n')
-    assert list(documents([path], text_field="body")) == ["right"]
+    assert list(read([path], text_field="body")) == ["right"]
 
 
 def test_parquet(tmp_path: Path) -> None:
     table = pa.table({"id": [1, 2, 3], "text": ["one\ntwo", " ", "ü"], "body": ["x", "y", "z"]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    assert list(documents([tmp_path / "a.parquet"])) == ["one\ntwo", "ü"]
-    assert list(documents([tmp_path / "a.parquet"], "record", "body")) == ["x", "y", "z"]
+    assert list(read([tmp_path / "a.parquet"])) == ["one\ntwo", "ü"]
+    assert list(read([tmp_path / "a.parquet"], "record", "body")) == ["x", "y", "z"]
 
 
 def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
     files = [written(tmp_path / "b.txt", "text"), written(tmp_path / "a.jsonl", '{"text": "record"}')]
-    assert list(documents(files)) == ["text", "record"]
-
-
-def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "a/.DS_Store"):
-        written(tmp_path / "corpus" / name, "x")
-    found = find_files([str(tmp_path / "corpus")])
-    assert [path.relative_to(tmp_path / "corpus").as_posix() for path in found] == ["a/b/c.jsonl", "a/z.txt", "b.txt"]
-
-
-def test_hidden_parents_do_not_hide_a_directory(tmp_path: Path) -> None:
-    path = written(tmp_path / ".cache" / "corpus" / "a.txt", "x")
-    assert find_files([str(path.parent)]) == [path]
-
-
-def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "c.md", "deep/er/d.txt"):
-        written(tmp_path / name, "x")
-    inputs = [str(tmp_path / "c.md"), str(tmp_path / "**" / "*.txt"), str(tmp_path / "a.txt"), str(tmp_path)]
-    assert [path.name for path in find_files(inputs)] == ["c.md", "a.txt", "b.txt", "d.txt"]
-
-
-def test_a_name_with_glob_characters_is_a_name_first(tmp_path: Path) -> None:
-    path = written(tmp_path / "a[1].txt", "x")
-    assert find_files([str(path)]) == [path]
-
-
-@pytest.mark.parametrize("missing", ["nothing.txt", "*.txt", "empty_folder"])
-def test_input_that_matches_nothing_is_named(tmp_path: Path, missing: str) -> None:
-    (tmp_path / "empty_folder").mkdir()
-    with pytest.raises(UserError, match="no input at") as error:
-        find_files([str(tmp_path / missing)])
-    assert missing in str(error.value)
-
-
-def test_empty_file_is_named(tmp_path: Path) -> None:
-    written(tmp_path / "full.txt", "x")
-    written(tmp_path / "void.txt", "")
-    with pytest.raises(UserError, match=r"void\.txt is empty"):
-        find_files([str(tmp_path)])
+    assert list(read(files)) == ["text", "record"]
 
 
 @pytest.mark.parametrize(
@@ -126,10 +101,10 @@ def test_empty_file_is_named(tmp_path: Path) -> None:
             "field.jsonl",
             b'{"text": "x"}\n{"body": "y"}\n',
             "record",
-            r"field\.jsonl record 2 .* 'text': name the right one with --text_field",
+            r"field\.jsonl line 2 .* 'text': name the right one with --text_field",
         ),
-        ("number.jsonl", b'{"text": 5}\n', "record", r"number\.jsonl record 1 .* 'text'"),
-        ("list.jsonl", b'["text"]\n', None, r"list\.jsonl record 1 .* 'text'"),
+        ("number.jsonl", b'{"text": 5}\n', "record", r"number\.jsonl line 1 .* 'text'"),
+        ("list.jsonl", b'["text"]\n', None, r"list\.jsonl line 1 .* 'text'"),
         ("surrogate.jsonl", b'{"text": "fine"}\n{"text": "half a pair: \\ud83d"}\n', None, r"surrogate\.jsonl (line|record) 2 "),
         ("no.parquet", b"PAR1 but not really", None, r"no\.parquet is not a readable Parquet file"),
     ],
@@ -137,22 +112,22 @@ def test_empty_file_is_named(tmp_path: Path) -> None:
 def test_bad_content_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, unit: Unit | None, message: str) -> None:
     path = written(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
-        list(documents([path], unit))
+        list(read([path], unit))
 
 
-@pytest.mark.parametrize("values", [{"body": ["x", "y"]}, {"text": ["x", None]}, {"text": [b"x", b"y"]}])
+@pytest.mark.parametrize("values", [{"body": ["x", "y"]}, {"text": [1, 2]}, {"text": [b"x", b"y"]}])
 def test_parquet_without_text_in_its_field_is_named(tmp_path: Path, values: dict[str, list[object]]) -> None:
     pq.write_table(pa.table(values), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet record \d .*'text'"):
-        list(documents([tmp_path / "a.parquet"]))
+        list(read([tmp_path / "a.parquet"]))
 
 
 def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
     offsets = pa.array([0, 4], pa.int32()).buffers()[1]
     column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer("Über".encode("latin-1"))])
     pq.write_table(pa.table({"text": column}), tmp_path / "latin1.parquet")
-    with pytest.raises(UserError, match=r"latin1\.parquet"):
-        list(documents([tmp_path / "latin1.parquet"]))
+    with pytest.raises(UserError, match=r"latin1\.parquet record 1 is not UTF-8"):
+        list(read([tmp_path / "latin1.parquet"]))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +142,7 @@ def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_unit_that_does_not_fit_the_file_is_refused(tmp_path: Path, name: str, unit: Unit, expected: str) -> None:
     path = written(tmp_path / name, json.dumps({"text": "x"}))
     with pytest.raises(UserError, match=f"{name} cannot be cut by --document {unit}: {expected}"):
-        list(documents([path], unit))
+        list(read([path], unit))
 
 
 COMPRESSORS = {"gz": gzip.compress, "xz": lzma.compress, "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
@@ -180,25 +155,184 @@ def test_compressed_files_are_read_to_the_end_of_their_last_part(suffix: str, tm
     half = "".join(f"{line}\n" for line in lines[:10_000]).encode(), "".join(f"{line}\n" for line in lines[10_000:]).encode()
     path = tmp_path / f"a.txt.{suffix}"
     path.write_bytes(compress(half[0]) + compress(half[1]))  # as `cat a.gz b.gz` makes
-    assert list(documents([path])) == lines
+    assert list(read([path])) == lines
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(b'{"text": "one"}\n{"text": "two"}\n'))
-    assert list(documents([tmp_path / f"a.jsonl.{suffix}"])) == ["one", "two"]
+    assert list(read([tmp_path / f"a.jsonl.{suffix}"])) == ["one", "two"]
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=rf"a\.txt\.{suffix} cannot be read beyond line \d+, it is damaged or cut off"):
-        list(documents([path]))
+    with pytest.raises(
+        UserError, match=rf"a\.txt\.{suffix} cannot be read beyond byte \d+ of its text, it is damaged, cut off or out of reach"
+    ):
+        list(read([path]))
     path.write_bytes(b"no compressed file")
-    with pytest.raises(UserError, match="beyond line 0"):
-        list(documents([path]))
+    with pytest.raises(UserError, match="beyond byte 0"):
+        list(read([path]))
 
 
 def test_csv_records(tmp_path: Path) -> None:
     long = "x" * 300_000
     path = tmp_path / "a.csv"
     path.write_text(f'\ufeffid,text\r\n1,plain\r\n2,"two\nlines, with ""quotes"""\r\n3,\r\n4,{long}\r\n', encoding="utf-8", newline="")
-    assert list(documents([path])) == ["plain", 'two\nlines, with "quotes"', long]
-    assert list(documents([path], "record", "id")) == ["1", "2", "3", "4"]
+    assert list(read([path])) == ["plain", 'two\nlines, with "quotes"', long]
+    assert list(read([path], "record", "id")) == ["1", "2", "3", "4"]
     with pytest.raises(UserError, match="--text_field"):
-        list(documents([path], text_field="body"))
+        list(read([path], text_field="body"))
+    path.write_text("id,text\n1\n2,short rows have no text\n")
+    assert list(read([path])) == ["short rows have no text"]
     path.write_text('id,text\n1,"never closed\n')
     with pytest.raises(UserError, match=r"a\.csv is not CSV"):
-        list(documents([path]))
+        list(read([path]))
+
+
+def spoiled(documents: int, *bad: bytes) -> list[bytes]:
+    return [*bad, *(f"good line {number}".encode() for number in range(documents - len(bad)))]
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_few_spoiled_documents_are_mended_counted_and_placed(tmp_path: Path, unit: Unit) -> None:
+    end = {"line": b"\n", "paragraph": b"\n\n"}[unit]
+    path = written(tmp_path / "a.txt", end.join([b"fine", *spoiled(299, b"\xdcber", b"x\0y \xff")]))
+    report = Report()
+    assert list(read([path], unit, report=report))[:3] == ["fine", "\ufffdber", "x\ufffdy \ufffd"]
+    assert (report.documents, report.replaced, report.invalid_utf8, report.nul) == (300, 2, 2, 1)
+    first, second = {"line": (2, 3), "paragraph": (3, 5)}[unit]
+    assert report.first == dict.fromkeys(("replaced", "invalid_utf8"), f"{path} line {first}") | {"nul": f"{path} line {second}"}
+    assert report.notes()[0].startswith("2 documents had bytes that are not UTF-8")
+    assert json.loads(json.dumps(dataclasses.asdict(report))) == dataclasses.asdict(report)
+
+
+def test_more_than_one_spoiled_document_in_a_hundred_is_another_encoding(tmp_path: Path) -> None:
+    good = written(tmp_path / "good.txt", b"\n".join(spoiled(200, b"\xfc", b"\xfc")))
+    assert len(list(read([good]))) == 200
+    bad = written(tmp_path / "bad.txt", b"\n".join(spoiled(199, b"\xfc", b"\xfc")))
+    with pytest.raises(UserError, match=r"bad\.txt line 1 is not UTF-8, as 2 of 199 documents: .*iconv"):
+        list(read([bad]))
+
+
+def test_spoiled_records_are_mended_in_every_format(tmp_path: Path) -> None:
+    many = 200
+    written(tmp_path / "a.jsonl", b"\n".join([b'{"text": "a\\ud83d"}', b'{"text": "b\\u0000"}', *[b'{"text": "\\ud83d\\ude42"}'] * many]))
+    written(tmp_path / "a.csv", b"\n".join([b"id,text", b"1,a\xff", b"2,b\0", *[b"3,\xf0\x9f\x99\x82"] * many]))
+    texts = [b"a\xff", b"b\0", *["🙂".encode()] * many]
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=1)
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        report = Report()
+        assert list(read([tmp_path / name], report=report)) == ["a\ufffd", "b\ufffd", *["🙂"] * many], name
+        assert (report.replaced, report.invalid_utf8, report.nul) == (2, 1, 1), name
+        place = {"a.jsonl": "line 2", "a.csv": "line 3", "a.parquet": "record 2"}[name]
+        assert report.first["nul"] == f"{tmp_path / name} {place}"
+
+
+def test_null_is_an_empty_document_and_empty_ones_are_counted(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", '{"text": null}\n{"text": ""}\n{"text": "x"}\n')
+    pq.write_table(pa.table({"text": ["x", None, " "]}), tmp_path / "a.parquet")
+    written(tmp_path / "a.txt", "x\n\n \n")
+    written(tmp_path / "empty.txt", "")
+    for name in ("a.jsonl", "a.parquet", "a.txt"):
+        report = Report()
+        assert list(read([tmp_path / name, tmp_path / "empty.txt"], report=report)) == ["x"]
+        assert (report.documents, report.characters, report.empty, report.empty_files) == (1, 1, 2, 1), name
+        assert report.first["empty_files"] == str(tmp_path / "empty.txt")
+
+
+def test_only_newlines_end_lines(tmp_path: Path) -> None:
+    text = "one\rtwo\x0b\x0c\x1c\x85\u2028three\r\r\nfour\r"
+    assert list(read([written(tmp_path / "a.txt", text)])) == [text[: text.index("\r\r")] + "\r", "four\r"]
+
+
+def test_documents_of_100_mb_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", b"x" * 100_000_000 + b"\nshort\n" + b"y" * 10_000_000)
+    assert [len(text) for piece in pieces(find_files([str(path)])) for text in documents(piece)] == [100_000_000, 5, 10_000_000]
+
+
+def test_endless_lines_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    with gzip.open(path, "wb", 1) as file:
+        file.write(b"short\n")
+        for _ in range(300):
+            file.write(b"x" * MIB)
+    for unit in ("line", "paragraph", "file"):
+        with pytest.raises(UserError, match="longer than 256 MiB"):
+            list(read([path], unit))
+
+
+# Pieces of text, so that line ends, byte order marks and letters of several bytes fall on every kind of cut.
+ATOMS = [
+    b"\n",
+    b"\n\n",
+    b"\r\n",
+    b"\r",
+    b" ",
+    b" \n",
+    b"\t",
+    b"a",
+    b"bc",
+    "ü".encode(),
+    "🙂".encode(),
+    "\u2028".encode(),
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\0",
+]
+LINES = [b'{"text": "a\xc3\xbc"}', b'{"text": "\\ud800"}', b"", b" ", b'{"text": null}', b'{"text": "b"}\r', b'{"text": "\xff"}']
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.tuples(st.sampled_from(["line", "paragraph"]), st.lists(st.sampled_from(ATOMS), max_size=30).map(b"".join)),
+        st.tuples(st.just("record"), st.lists(st.sampled_from(LINES), max_size=6).map(b"\n".join)),
+    ),
+    st.booleans(),
+    st.lists(st.integers(1, 120), max_size=6),
+    st.integers(1, 9),
+)
+def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, bytes], mark: bool, cuts: list[int], block: int) -> None:
+    unit, text = unit_and_text
+    text = b"\xef\xbb\xbf" * mark + text or b" "
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kantai.lines, "_BLOCK_BYTES", block)
+        patch.setattr(kantai.lines, "_TAIL_BYTES", block)
+        patch.setattr("kantai.corpus._MOST_MENDED", 1.0)
+        (file,) = find_files([str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))])
+        whole, parts = Report(), Report()
+        expected = list(documents((Span(file, 0, file.size),), unit, report=whole))
+        spans = [Span(file, start, stop) for start, stop in itertools.pairwise(sorted({0, *(c for c in cuts if c < file.size), file.size}))]
+        assert [text for span in spans for text in documents((span,), unit, report=parts)] == expected
+    assert dataclasses.replace(parts, first={}) == dataclasses.replace(whole, first={})
+    assert parts.first.keys() == whole.first.keys()
+    if unit == "line":
+        lines = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").split(b"\n")
+        mended = [line.decode(errors="replace").replace("\0", "\ufffd") for line in lines]
+        assert expected == [line for line in mended if line.strip()]
+
+
+def test_places_in_later_spans_are_bytes(tmp_path: Path) -> None:
+    (file,) = find_files([str(written(tmp_path / "a.jsonl", '{"text": "x"}\r\n' * 5 + "no JSON\n"))])
+    with pytest.raises(UserError, match=r"a\.jsonl line at byte 75 is not JSON"):
+        list(documents((Span(file, 20, file.size),)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 4000), max_size=8), st.integers(1, 40))
+def test_row_groups_belong_to_one_span(cuts: list[int], rows: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [f"text {number}" for number in range(100)]
+        pq.write_table(pa.table({"id": range(100), "text": texts}), Path(folder) / "a.parquet", row_group_size=rows)
+        (file,) = find_files([f"{folder}/a.parquet"])
+        spans = [Span(file, start, stop) for start, stop in itertools.pairwise(sorted({0, *(c for c in cuts if c < file.size), file.size}))]
+        assert [text for span in spans for text in documents((span,))] == texts
+
+
+def test_pieces_of_a_large_corpus_have_the_documents_of_the_whole(tmp_path: Path) -> None:
+    lines = [f"line {number} of some text" for number in range(20_000)]
+    written(tmp_path / "a.txt", "\n".join(lines))
+    written(tmp_path / "b.txt.gz", gzip.compress("\n".join(lines).encode()))
+    cut = pieces(find_files([str(tmp_path)]), piece_bytes=100_000)
+    assert len(cut) > 4
+    assert [text for piece in cut for text in documents(piece)] == lines * 2
+
+
+def test_a_unit_that_does_not_fit_is_refused_when_pieces_are_planned(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give record"):
+        pieces(find_files([str(written(tmp_path / "a.jsonl", "{}"))]), "line")

@@ -12,10 +12,10 @@ PACKAGE = ROOT / "kantai"
 
 # kantai/__init__.py (UserError, run_command) lies below all of them.
 FLOORS = (
-    ("config", "cluster", "metrics", "checkpoint", "rng"),
-    ("corpus", "starter", "tokenizer", "shards", "order", "batches", "masking"),
-    ("data", "model", "optim"),
-    ("rundir", "engine", "evaluate"),
+    ("config", "cluster", "cache", "files", "lines", "metrics", "checkpoint", "rng"),
+    ("corpus", "sample", "starter", "tokenizer", "shards", "order", "batches", "masking"),
+    ("data", "model", "optim", "tokenizing"),
+    ("rundir", "engine", "evaluate", "ledger"),
     ("train", "export"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

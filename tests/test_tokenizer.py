@@ -4,15 +4,28 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from commands import ENVIRONMENT, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
+import kantai.tokenizer
 from kantai import UserError
-from kantai.corpus import documents
-from kantai.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer, train_tokenizer
+from kantai.corpus import Unit, documents, pieces
+from kantai.files import find_files
+from kantai.tokenizer import SPECIAL_TOKENS, Vocabulary, coverage, load_tokenizer, save_tokenizer, train_tokenizer
+
+
+def read(path: Path, unit: Unit) -> Iterator[str]:
+    return (text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit))
+
 
 TEXTS = [
     "",
@@ -44,16 +57,16 @@ TEXTS = [
 # The five words have 22 joints between letters, each of which becomes an entry beside the specials and bytes.
 FREQUENT = ["The Critique of Pure Reason. Critique of Reason, of Pure Reason."] * 20
 # The tutorial's own text and what training on it gave, where KANTAI_CORPUS names the file.
-KANT = [(documents([Path(os.environ["KANTAI_CORPUS"])], "line"), 11_565)] if "KANTAI_CORPUS" in os.environ else []
+KANT = [(read(Path(os.environ["KANTAI_CORPUS"]), "line"), 11_565)] if "KANTAI_CORPUS" in os.environ else []
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
 def test_transformers_gives_the_same_ids(loader: type, tokenizer_dir: Path, corpus_file: Path) -> None:
     ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
-    for text in [*TEXTS, *documents([corpus_file], "paragraph")]:
+    for text in [*TEXTS, *read(corpus_file, "paragraph")]:
         assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids, text
         if "<" not in text:  # what a document has of them is text to us
-            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0], text
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0].tolist(), text
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
@@ -70,9 +83,10 @@ def test_transformers_knows_its_special_tokens_and_limits(loader: type, tokenize
 def test_ids_of_texts_have_no_special_tokens_and_decode_to_the_texts(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     texts = [text for text in TEXTS if "<" not in text]
-    for text, ids in zip(texts, vocabulary.encode(texts), strict=True):
-        assert set(ids).isdisjoint(vocabulary.special_ids)
-        assert vocabulary.tokenizer.decode(ids) == text
+    ids, lengths = vocabulary.encode(texts)
+    assert set(ids).isdisjoint(vocabulary.special_ids)
+    for text, of_text in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+        assert vocabulary.tokenizer.decode(of_text) == text
 
 
 def test_mask_takes_the_space_before_it(tokenizer_dir: Path) -> None:
@@ -85,14 +99,14 @@ def test_mask_takes_the_space_before_it(tokenizer_dir: Path) -> None:
 def test_special_tokens_written_in_a_document_are_text(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     text = "<s>struck out</s>, a <pad> and a <mask>"
-    (ids,) = vocabulary.encode([text])
+    ids, _ = vocabulary.encode([text])
     assert set(ids).isdisjoint(vocabulary.special_ids)
     assert vocabulary.tokenizer.decode(ids) == text
     assert vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids  # a prompt's is one, also afterwards
 
 
 def test_two_trainings_give_the_same_files(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
-    save_tokenizer(train_tokenizer(documents([corpus_file], "paragraph"), 1000, 2), tmp_path)
+    save_tokenizer(train_tokenizer(read(corpus_file, "paragraph"), 1000, 2), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     assert filecmp.cmpfiles(tmp_path, tokenizer_dir, names, shallow=False) == (names, [], [])
@@ -118,7 +132,7 @@ def test_fingerprint_names_vocabulary_and_merges(tmp_path: Path, tokenizer_dir: 
     prints = {ours.fingerprint}
     for number, (vocab_size, min_frequency) in enumerate([(999, 2), (1000, 500)]):
         (tmp_path / str(number)).mkdir()
-        save_tokenizer(train_tokenizer(documents([corpus_file], "paragraph"), vocab_size, min_frequency), tmp_path / str(number))
+        save_tokenizer(train_tokenizer(read(corpus_file, "paragraph"), vocab_size, min_frequency), tmp_path / str(number))
         prints.add(load_tokenizer(tmp_path / str(number)).fingerprint)
     shutil.copytree(tokenizer_dir, tmp_path / "merged")
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
@@ -152,3 +166,67 @@ def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_
     (tmp_path / "tokenizer.json").write_text(content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8")
     with pytest.raises(UserError, match="lacks <pad> <mask>"):
         load_tokenizer(tmp_path)
+
+
+def test_no_documents_have_no_ids(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    for texts in ([], [""], ["", ""]):
+        ids, lengths = vocabulary.encode(texts)
+        assert (ids.tolist(), lengths.tolist()) == ([], [0] * len(texts))
+        assert (ids.dtype, lengths.dtype) == (np.uint32, np.int64)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer_dir: Path) -> Vocabulary:
+    return load_tokenizer(tokenizer_dir)
+
+
+ATOMS = [" ", "  ", "\n", "\t", "\u00a0", "\x1c", "a", "it's", " über", "42 ", ".", "_", "e\u0301", "🙂", "</s>", "<mask>"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=20).map("two words".join), max_size=5))
+def test_long_documents_are_cut_for_the_encoder_without_a_trace(vocabulary: Vocabulary, texts: list[str]) -> None:
+    whole = vocabulary.encode(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kantai.tokenizer, "_CHARACTERS_AT_ONCE", 20)
+        in_parts = vocabulary.encode(texts)
+    assert [array.tolist() for array in in_parts] == [array.tolist() for array in whole]
+
+
+def test_text_without_a_space_is_cut_where_it_must(vocabulary: Vocabulary) -> None:
+    text = "純粋理性批判" * 1000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kantai.tokenizer, "_CHARACTERS_AT_ONCE", 500)
+        ids, lengths = vocabulary.encode([text, "short"])
+    assert vocabulary.tokenizer.decode(ids[: lengths[0]]) == text
+    assert vocabulary.tokenizer.decode(ids[lengths[0] :]) == "short"
+
+
+def test_coverage(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    seen = coverage(vocabulary, ["return the object", "return 純"])
+    tokens = vocabulary.encode(["return the object", "return 純"])[1].sum()
+    assert seen["bytes"] == 27
+    assert seen["bytes_per_token"] == 27 / tokens
+    assert seen["words_per_token"] == 5 / tokens
+    assert seen["one_token_words"] == 4 / 5
+    assert seen["byte_tokens"] == 3 / tokens
+    assert 3 < seen["used_entries"] * (vocabulary.size - 5) <= tokens
+    assert coverage(vocabulary, [])["bytes"] == 0
+
+
+def test_processes_train_the_same_tokenizer_on_any_number_of_threads(tmp_path: Path, corpus_file: Path) -> None:
+    text = corpus_file.read_text(encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text("".join(f"{text}part {number}\n" for number in range(8)), encoding="utf-8")
+    numbers = ["--vocab_size=1000", "--sample_bytes=1e6", f"--input={tmp_path / 'corpus.txt'}"]
+    for parallel in ("true", "false"):
+        environment = {**ENVIRONMENT, "TOKENIZERS_PARALLELISM": parallel}
+        command = [sys.executable, "scripts/train_tokenizer.py", *numbers, f"--output={tmp_path / parallel}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert "trained on 1,0" in done.stdout
+    names = ["merges.txt", "tokenizer.json", "vocab.json", "report.json"]
+    assert filecmp.cmpfiles(tmp_path / "true", tmp_path / "false", names, shallow=False) == (names, [], [])
+    report = json.loads((tmp_path / "true" / "report.json").read_text(encoding="utf-8"))
+    assert report["sample_bytes"] < 1.1e6 < report["corpus_bytes"]
+    assert report["coverage"]["one_token_words"] > 0.5

@@ -1,8 +1,13 @@
 """One run, whatever it runs on and whatever happens to it: real launchers, real gloo ranks, real kills."""
 
+import contextlib
+import functools
+import http.server
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -151,6 +156,58 @@ def test_padded_rows_of_different_length_train_alike_on_one_rank_and_two(data_ar
     for launcher, run in ((None, "one"), ("cpu", "two")):
         pretrain(launcher, *data_arguments, *NO_DROPOUT, "--data.packing=padded", f"--run_dir={tmp_path / run}")
     assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_stages_train_alike_on_one_rank_and_two_and_over_a_resume(launcher: str, data_arguments: list[str], tmp_path: Path) -> None:
+    """Three stages, of 2, 1 and 3 micro-steps on two ranks; the second run is stopped at the end of the second."""
+    stages = "--stages=[{until_update: 2, seq_len: 16, global_batch_size: 20}, {until_update: 4, global_batch_size: 6}]"
+    how = [*data_arguments, *NO_DROPOUT, stages, "--batch.global_batch_size=18", "--batch.micro_batch_size=3", "--masking.final_ratio=0.3"]
+    pretrain(None, *how, f"--run_dir={tmp_path / 'one'}")
+    printed = pretrain(launcher, *how, f"--run_dir={tmp_path / 'two'}")
+    assert "from update 0 on: 20 sequences an update = 2 ranks x 2 micro-steps x 5" in printed
+    assert "from update 4 on: 18 sequences an update = 2 ranks x 3 micro-steps x 3" in printed
+    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5)
+
+    shutil.rmtree(CheckpointStore(tmp_path / "two").path(UPDATES))
+    printed = pretrain("cpu", *how, f"--run_dir={tmp_path / 'two'}", processes=3)
+    assert f"{UPDATES} updates, 4 done" in printed
+    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.parametrize("packing", ["isolated", "contiguous"])
+def test_shards_behind_a_url_train_alike_and_are_fetched_once_a_node(
+    packing: str, many_shards_dir: Path, data_arguments: list[str], tmp_path: Path
+) -> None:
+    how = [*data_arguments, *NO_DROPOUT, f"--data.packing={packing}", "--masking.unit=word", "--data.shuffle_window=4"]
+    pretrain(None, *how, f"--data.shards={many_shards_dir}", f"--run_dir={tmp_path / 'here'}")
+    with served(many_shards_dir) as (url, asked):
+        remote = [f"--data.shards={url}", f"--data.cache_dir={tmp_path / 'cache'}", "--data.workers=2"]
+        pretrain("cpu", *how, *remote, f"--run_dir={tmp_path / 'there'}")
+    assert_same_run(tmp_path / "there", tmp_path / "here", 1e-5)
+    shards = [name for name in asked if name.endswith(".arrow")]
+    assert len(shards) == len(set(shards)) > 2
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder behind a URL of this machine, and the names of the files that were asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path.removeprefix("/"))
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
 
 
 def test_a_launcher_that_starts_one_process_for_two_is_refused(data_arguments: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""What would a corpus of any size cost? docs/scale.md, computed by the real code on a manifest that is made up.
+
+python benchmarks/scale.py --tokens 1e12 > docs/scale.md
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import time
+import tracemalloc
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from kantai.batches import Batches, Contiguous, Stage
+from kantai.checkpoint import parse_manifest
+from kantai.config import BatchPlan
+from kantai.files import File, cut
+from kantai.order import Shuffled
+from kantai.shards import SHARD_TOKENS, SPLITS, Split
+
+TEXT_BYTES_PER_TOKEN = 4.4  # English under a vocabulary of 50,000
+TOKENS_PER_DOCUMENT = 700
+FILE_BYTES = 1 << 30
+SEQ_LEN, GLOBAL_BATCH_SIZE, WINDOW = 512, 8192, 64
+UPDATES_LOOKED_AT = 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=float, default=1e12, help="size of the corpus (default 1e12)")
+    arguments = parser.parse_args()
+    print(page(int(arguments.tokens)), end="")
+
+
+def page(tokens: int) -> str:
+    """The text of docs/scale.md."""
+    files = [File(f"s3://corpus/{number:06d}.jsonl", FILE_BYTES, "") for number in range(int(tokens * TEXT_BYTES_PER_TOKEN / FILE_BYTES))]
+    start = time.perf_counter()
+    pieces = cut(files, splittable=lambda file: True)
+    planned = time.perf_counter() - start
+    content = json.dumps(made_up_manifest(tokens, len(pieces)), indent=1).encode()
+
+    tracemalloc.start()
+    start = time.perf_counter()
+    manifest = parse_manifest(content, "made up")
+    splits = {name: Split(manifest["splits"][name]["shards"], no_file) for name in SPLITS}
+    sequences = Contiguous(splits["train"], SEQ_LEN, 0, 1)
+    opened, opened_bytes = time.perf_counter() - start, tracemalloc.get_traced_memory()[0]
+    order = Shuffled(sequences.samples_per_shard, WINDOW, seed=0)
+    order.at(np.arange(GLOBAL_BATCH_SIZE))
+    order_bytes = tracemalloc.get_traced_memory()[0] - opened_bytes
+    tracemalloc.stop()
+
+    train = splits["train"]
+    shard_bytes = np.array([manifest["files"][name]["bytes"] for name in train.files])
+    epoch = order.samples // GLOBAL_BATCH_SIZE
+    lines = [
+        f"| text, at {TEXT_BYTES_PER_TOKEN} bytes a token | {tokens * TEXT_BYTES_PER_TOKEN / 1e12:.2f} TB in {len(files):,} files |",
+        f"| pieces to tokenize, each a unit of resuming | {len(pieces):,}, planned in {planned:.1f} s |",
+        f"| shards | {len(train):,} of {shard_bytes.mean() / 1e6:.0f} MB to train on, {len(splits['held_out'])} held out |",
+        f"| bytes on disk | {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e12:.3f} TB |",
+        f"| manifest | {len(content) / 1e6:.1f} MB, opened in {opened:.2f} s |",
+        f"| memory of the opened set | {opened_bytes / 1e6:.0f} MB a process |",
+        f"| memory of the order | {order_bytes / 1e6:.1f} MB |",
+        f"| sequences of {SEQ_LEN} | {order.samples:,}: {epoch:,} updates of {GLOBAL_BATCH_SIZE:,} an epoch |",
+        f"| shards open at a time, of a window | {WINDOW}, {WINDOW * shard_bytes.mean() / 1e9:.1f} GB |",
+        *(f"| an update's order, at update {update:,} | {milliseconds(order, update):.1f} ms |" for update in (0, 10**3, 10**6)),
+    ]
+    table = [
+        f"| {nodes} | {share:.1%} | {share * shard_bytes.sum() / 1e9:,.0f} GB | {at_once:,} |"
+        for nodes, (share, at_once) in ((nodes, downloads(sequences, order, nodes)) for nodes in (1, 2, 8, 64, 256))
+    ]
+    return TEMPLATE.format(
+        tokens=f"{tokens:.0e}".replace("e+", " x 10^"),
+        lines="\n".join(lines),
+        table="\n".join(table),
+        window=WINDOW,
+        looked=UPDATES_LOOKED_AT,
+    )
+
+
+def made_up_manifest(tokens: int, pieces: int) -> dict[str, Any]:
+    """What tokenize_corpus.py would write: a shard a piece of training documents, held-out shards filled up."""
+    sizes = np.random.default_rng(0).normal(1, 0.03, pieces) * tokens * 0.99 / pieces
+    held_out = [SHARD_TOKENS] * -(-(tokens // 100) // SHARD_TOKENS)
+    named = {
+        "train": [(f"train-{number:06d}-000.arrow", int(size)) for number, size in enumerate(sizes)],
+        "held_out": [(f"held_out-{number:03d}.arrow", size) for number, size in enumerate(held_out)],
+    }
+    digest = hashlib.sha256(b"").hexdigest()
+    documents = {name: size // TOKENS_PER_DOCUMENT for shards in named.values() for name, size in shards}
+    entries = {
+        split: {"shards": [{"file": name, "documents": documents[name], "tokens": size} for name, size in shards]}
+        for split, shards in named.items()
+    }
+    files = {name: {"bytes": 2 * size + 4 * documents[name] + 500, "sha256": digest} for shards in named.values() for name, size in shards}
+    return {"kind": "shards", "dtype": "uint16", "splits": entries, "files": files}
+
+
+def downloads(sequences: Contiguous, order: Shuffled, nodes: int) -> tuple[float, int]:
+    """Share of the training shards that a node reads in an epoch, from the first updates of one; and most shards in one update."""
+    batches = Batches([Stage(0, 0, BatchPlan(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, nodes), sequences, order)], no_file, 1)
+    middle = nodes // 2
+    read = [batches.shards(update, middle) for update in range(UPDATES_LOOKED_AT)]
+    visited = np.unique(order.at(np.arange(UPDATES_LOOKED_AT * GLOBAL_BATCH_SIZE))[1])
+    shards = np.unique(np.searchsorted(sequences.first_sample, visited, side="right"))
+    return len(set(itertools.chain(*read))) / len(shards), max(map(len, read))
+
+
+def milliseconds(order: Shuffled, update: int) -> float:
+    """To find the samples of one update, with nothing known from others."""
+    found = []
+    for _ in range(20):
+        fresh = Shuffled(order.samples_per_shard, order.window, order.seed)
+        start = time.perf_counter()
+        fresh.at(update * GLOBAL_BATCH_SIZE + np.arange(GLOBAL_BATCH_SIZE))
+        found.append(time.perf_counter() - start)
+    return median(found) * 1e3
+
+
+def no_file(*_: object) -> Any:
+    """There are none."""
+    raise FileNotFoundError
+
+
+TEMPLATE = """\
+# Scale: a corpus of {tokens} tokens on paper
+
+Made by `python benchmarks/scale.py`: the real code that plans, opens and shuffles, on a manifest that is made up. No file is read.
+
+| what | how much |
+|---|---|
+{lines}
+
+An update's rows are dealt to ranks in the order of their sample ids, so a node reads from some of a window's {window} shards
+and not from all. From a URL, it downloads those alone (from the first {looked:,} updates of an epoch, the node in the middle):
+
+| nodes | of the shards | downloaded an epoch by each | shards read in one update |
+|---|---|---|---|
+{table}
+"""
+
+
+if __name__ == "__main__":
+    main()

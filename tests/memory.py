@@ -1,0 +1,17 @@
+"""Shards that are in memory alone, for rows that can be written down by hand."""
+
+import numpy as np
+
+from kantai.shards import Shard, Split
+
+
+def split_of(*shards: tuple[np.ndarray, list[int]]) -> Split:
+    """Shards of tokens and document boundaries."""
+    made = {str(number): Shard(tokens, np.array(boundaries, np.int32)) for number, (tokens, boundaries) in enumerate(shards)}
+    entries = [{"file": name, "documents": len(shard.boundaries) - 1, "tokens": len(shard.tokens)} for name, shard in made.items()]
+    return Split(entries, made.__getitem__)
+
+
+def streams(*tokens: np.ndarray) -> Split:
+    """Shards of one document each."""
+    return split_of(*((stream, [0, len(stream)]) for stream in tokens))

@@ -1,0 +1,86 @@
+"""A sample is a fixed part of a corpus in which every part of it is in proportion, and the rest shares no document with it."""
+
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kantai.corpus import documents, pieces, splittable
+from kantai.files import MIB, File, find_files
+from kantai.sample import Sample, draw_samples
+
+
+def lines(name: str, number: int) -> list[str]:
+    """Of 32 bytes each, and no two alike, also when they are compressed."""
+    return [f"{name} {index * 2654435761 % 2**32:013d} {index:08d}" for index in range(number)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
+    """20 MB in one large file, small ones, a compressed one and Parquet."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "large.txt").write_text("\n".join(lines("large", 250_000)))
+    for number in range(100):
+        (folder / f"small{number:02}.txt").write_text("\n".join(lines(f"small{number:02}", 1000)))
+    (folder / "zipped.txt.gz").write_bytes(gzip.compress("\n".join(lines("zip", 250_000)).encode(), 1))
+    pq.write_table(pa.table({"text": lines("table", 150_000)}), folder / "a.parquet", row_group_size=1000)
+    return find_files([str(folder)])
+
+
+def drawn(files: list[File], sample_bytes: int, seed: int = 0) -> tuple[Sample, list[str], list[str]]:
+    samples = draw_samples(files, sample_bytes, seed, splittable=lambda file: splittable(file, None), rest_bytes=2 * MIB)
+    sample, rest = (list(sample.read(documents)) for sample in samples)
+    return samples[0], sample, rest
+
+
+def test_every_part_is_drawn_in_proportion(corpus: list[File]) -> None:
+    whole = Counter(text[:4] for piece in pieces(corpus) for text in documents(piece))
+    total = sum(file.text_bytes for file in corpus)
+    sample, texts, _ = drawn(corpus, 8 * MIB)
+    assert sample.bytes == sum(len(text) for text in texts)
+    assert sample.bytes == pytest.approx(8 * MIB, rel=0.2)
+    found = Counter(text[:4] for text in texts)
+    for kind, number in whole.items():
+        assert found[kind] / number == pytest.approx(8 * MIB / total, rel=0.5), kind
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_rest_shares_no_document_with_the_sample(corpus: list[File]) -> None:
+    for seed in range(4):
+        _, sample, rest = drawn(corpus, (8 + seed * 3) * MIB, seed)
+        assert rest
+        assert set(rest).isdisjoint(sample)
+        assert sum(map(len, rest)) < 3 * MIB
+
+
+def test_a_seed_draws_one_sample(corpus: list[File]) -> None:
+    assert drawn(corpus, 4 * MIB)[1:] == drawn(corpus, 4 * MIB)[1:]
+    assert drawn(corpus, 4 * MIB)[1] != drawn(corpus, 4 * MIB, seed=1)[1]
+
+
+def test_a_corpus_no_larger_than_the_sample_is_used_whole(corpus: list[File]) -> None:
+    _, texts, rest = drawn(corpus, 64 * MIB)
+    assert texts == [text for piece in pieces(corpus) for text in documents(piece)]
+    assert set(rest) < set(texts)
+    assert MIB < sum(map(len, rest)) < 3 * MIB
+
+
+@pytest.mark.parametrize(("number", "length", "sample_bytes"), [(400, 400, 2 * MIB), (20, 28_000, 8 * MIB)])
+def test_of_small_files_that_cannot_be_cut_no_more_is_drawn(tmp_path: Path, number: int, length: int, sample_bytes: int) -> None:
+    for index in range(number):
+        (tmp_path / f"{index}.csv").write_text("text\n" + "\n".join(lines(f"{index:03}", length)))
+    sample, texts, rest = drawn(find_files([str(tmp_path)]), sample_bytes)
+    assert sample.bytes == pytest.approx(sample_bytes, rel=0.2)
+    assert len(texts) == sample.files * length
+    assert set(rest).isdisjoint(texts)
+
+
+def test_a_little_of_a_large_compressed_file_is_not_sought_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(lines("begin", 100_000) * 18).encode(), 1) + b"damaged")
+    (file,) = find_files([str(path)])
+    texts = drawn([File(file.path, 100 * MIB, "")], MIB)[1]
+    assert sum(map(len, texts)) >= MIB

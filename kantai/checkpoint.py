@@ -80,8 +80,8 @@ def begin(target: Path) -> Path:
 
 def publish(folder: Path, target: Path, files: dict[str, dict[str, Any]], **meta: Any) -> None:
     """Write the manifest into a staging folder whose files are on the device, last, and rename it to its place."""
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**meta, "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest, content = folder / MANIFEST, {**meta, "files": files}
+    manifest.write_text(json.dumps({**content, "digest": digest(content)}, indent=1) + "\n", encoding="utf-8")
     _fsync(manifest)
     for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _fsync(inner)
@@ -95,7 +95,9 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
+        _fsync(partial)
         partial.replace(path)
+        _fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -122,8 +124,11 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         files = manifest["files"]
-        if not all(isinstance(name, str) and entry.keys() == {"bytes", "sha256"} for name, entry in files.items()):
-            raise TypeError
+        if manifest.pop("digest") != digest(manifest):
+            raise ValueError
+        for path, entry in files.items():
+            if {key: type(value) for key, value in entry.items()} != {"bytes": int, "sha256": str} or ".." in Path(path).parts:
+                raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{name} is missing or unreadable") from None
     return dict(manifest)
@@ -148,10 +153,76 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
 
 
 class CheckpointStore:
-    """The checkpoints of a run directory, one folder an update: ``checkpoints/update-00001000``."""
+    """The checkpoints of a run directory, one folder an update: ``checkpoints/update-00001000``.
+
+    Every start of a run stages its checkpoints in a folder of its own, ``.attempt-000007``, and takes those of earlier starts away. So a
+    node that was cut off, and still computes while the job runs elsewhere, can publish and prune nothing: the rename that would do it has
+    lost its source. A file system that agrees on renames, and on who made a file first, is all it takes.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "checkpoints"
+        self._attempt: Path | None = None
+
+    def take_over(self) -> None:
+        """Begin an attempt; from here on, earlier ones can change nothing. For one process alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        starts = self.folder / ".starts"  # a number each, which is never given twice
+        starts.mkdir(exist_ok=True)
+        while self._attempt is None:
+            number = 1 + max((int(path.name) for path in starts.iterdir()), default=0)
+            with contextlib.suppress(FileExistsError):  # another start was quicker
+                (starts / f"{number:06d}").touch(exist_ok=False)
+                attempt = self.folder / f".attempt-{number:06d}"
+                attempt.mkdir()
+                if (
+                    starts / f"{number + 1:06d}"
+                ).exists():  # a later start, which may have looked for earlier ones before this folder was there
+                    shutil.rmtree(attempt, ignore_errors=True)
+                else:
+                    self._attempt = attempt
+        for earlier in self.folder.glob(".attempt-*"):
+            if earlier.name < self._attempt.name:
+                with contextlib.suppress(FileNotFoundError):
+                    earlier.rename(self._attempt / f"taken-{earlier.name}")
+                    shutil.rmtree(self._attempt / f"taken-{earlier.name}", ignore_errors=True)
+
+    def is_taken_over(self) -> bool:
+        """Whether a later start of the run has begun."""
+        return self._attempt is not None and not self._attempt.is_dir()
+
+    def stage(self, update: int) -> Path:
+        """An empty folder for the checkpoint after ``update`` updates."""
+        with self._only_as_the_latest() as attempt:
+            folder = attempt / self.path(update).name
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            return folder
+
+    def publish(self, update: int, files: dict[str, dict[str, Any]], **meta: Any) -> None:
+        """Put the staged checkpoint into its place; see :func:`publish`."""
+        with self._only_as_the_latest() as attempt:
+            publish(attempt / self.path(update).name, self.path(update), files, kind="checkpoint", update=update, **meta)
+
+    @contextlib.contextmanager
+    def replaced(self, path: Path) -> Iterator[Path]:
+        """As :func:`replaced`, for a file beside the checkpoints that only the latest start may change."""
+        with self._only_as_the_latest() as attempt:
+            partial = attempt / path.name
+            yield partial
+            _fsync(partial)
+            partial.replace(path)
+            _fsync(path.parent)
+
+    @contextlib.contextmanager
+    def _only_as_the_latest(self) -> Iterator[Path]:
+        assert self._attempt is not None, "take_over comes first"
+        try:
+            yield self._attempt
+        except FileNotFoundError:
+            if self.is_taken_over():
+                raise UserError(f"{self.folder.parent} has been taken over by a later start of the run: this one ends") from None
+            raise
 
     def path(self, update: int) -> Path:
         """Where the checkpoint after ``update`` updates is."""
@@ -171,21 +242,38 @@ class CheckpointStore:
         for update in reversed(self.updates()):
             try:
                 return update, verify(self.path(update))
-            except Damaged as damage:
+            except (Damaged, OSError) as damage:
                 print(f"checkpoint {update} is damaged and not used: {damage}", flush=True)
                 if set_aside:
-                    aside = self.folder / f"damaged-{self.path(update).name}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    self.path(update).rename(aside)
+                    with self._only_as_the_latest() as attempt:
+                        aside = self.folder / f"damaged-{self.path(update).name}"
+                        shutil.rmtree(aside, ignore_errors=True)
+                        self.path(update).rename(attempt / aside.name)
+                        (attempt / aside.name).rename(aside)
         return None
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints. Call it after :func:`verify` of the newest."""
-        for update in self.updates()[:-keep]:
-            # Renamed first: a kill in mid-removal must not leave a checkpoint with files missing under its name.
-            self.path(update).rename(self.folder / f".{self.path(update).name}.partial")
-        for leftover in self.folder.glob(".update-*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with self._only_as_the_latest() as attempt:
+            for update in self.updates()[:-keep]:
+                # Renamed first: a kill in mid-removal must not leave a checkpoint with files missing under its name.
+                pruned = attempt / f"pruned-{update}"
+                self.path(update).rename(pruned)
+                shutil.rmtree(pruned, ignore_errors=True)
+
+
+def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
+    """Look whether there is room before anything is written; a quota shows when writing fails, which leaves no less behind.
+
+    Raises:
+        UserError: there is not; it says how much is missing.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes {needed_bytes / 1e9:.1f}: free "
+            f"{(needed_bytes - free) / 1e9:.1f} GB more, or lower checkpoint.keep, and run the same command again"
+        )
 
 
 def _fsync(path: Path) -> None:

@@ -1,11 +1,18 @@
-"""Where am I? Rank and world as the launcher announced them, and whether somebody asked us to stop."""
+"""Where am I, and until when? Rank and world as the launcher announced them, the job's end, and whether somebody asked to stop."""
 
+import math
 import os
 import signal
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from kantai import UserError
+
+_STARTED = time.time()
+EXIT_STOPPED = 75  # EX_TEMPFAIL: all is saved, and the same command goes on
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,61 @@ class Place:
         return self.rank == 0
 
 
-class StopSignal:
-    """Remembers that SIGTERM, SIGINT or SIGUSR1 came, for the loop to read at the next update boundary."""
+def allocated_since() -> float:
+    """When this process's node was allocated to it, in Unix time: the start of its SLURM job, or its own."""
+    start = os.environ.get("SLURM_JOB_START_TIME", "")
+    return float(start) if start.isdigit() else _STARTED
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+
+class Requests:
+    """What was asked of a run: by a signal, by a file named STOP or SAVE in its directory, or by the end of its job.
+
+    SIGTERM, SIGINT and SIGUSR1 are remembered for the loop to read at the next update boundary; a second one ends the process at once,
+    which costs no more than what was not saved.
+    """
+
+    def __init__(self, run_dir: Path, *, looks: bool = True) -> None:
+        """Listen from now on.
+
+        Args:
+            looks: for the files as well, which is for one rank alone: a thousand would ask the file system at every update.
+        """
+        self.run_dir, self.looks = run_dir, looks
+        self.signal: signal.Signals | None = None
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self.end_time = float(end) if end.isdigit() else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
+    def to_stop(self, seconds_needed: float) -> str | None:
+        """Why this process would stop now, or None.
+
+        Args:
+            seconds_needed: to do another update, and to save.
+        """
+        if self.signal is not None:
+            return f"{self.signal.name} came"
+        if self.looks and (self.run_dir / "STOP").exists():
+            return f"there is a file {self.run_dir / 'STOP'}"
+        if self.end_time is not None and time.time() + seconds_needed > self.end_time:
+            return f"the job ends in {max(0.0, self.end_time - time.time()):.0f} s"
+        return None
+
+    def to_save(self) -> bool:
+        """Whether there is a file named SAVE."""
+        return self.looks and (self.run_dir / "SAVE").exists()
+
+    def job_hours(self) -> float:
+        """From the allocation to its end; infinite outside of a job."""
+        return math.inf if self.end_time is None else max(0.1, (self.end_time - allocated_since()) / 3600)
+
+    def answer(self) -> None:
+        """Remove the files, now that what they ask is being done; for one process alone."""
+        for name in ("STOP", "SAVE"):
+            (self.run_dir / name).unlink(missing_ok=True)
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        if self.signal is not None:
+            sys.stderr.write("asked to stop again: ending at once\n")
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)

@@ -124,8 +124,11 @@ class Stage(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its learning rate."""
+    """AdamW or Muon, and the learning rate."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices between embedding and vocabulary, with AdamW for the rest, at one learning rate"
+    )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "wsd"] = Field("linear", description="decay to 0: linear, cosine, or flat and then linear")
     warmup_updates: NotNegative = Field(0, description="updates of linear warm-up from 0")
@@ -133,6 +136,7 @@ class Optimizer(Section):
     adam_beta1: Probability = Field(0.9, description="decay of the first moment")
     adam_beta2: Probability = Field(0.98, description="decay of the second moment")
     adam_eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
+    muon_momentum: Probability = Field(0.95, description="decay of Muon's momentum")
     weight_decay: float = Field(0.01, ge=0, description="decay of matrices; never of biases and layer norms")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
 
@@ -142,7 +146,10 @@ class Training(Section):
 
     total_updates: Positive | None = Field(None, description="length of the run in updates")
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the training split")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward and backward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="arithmetic of matrix products; weights, moments and gradients are fp32 throughout, and fp16 has its losses scaled",
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "Training":
@@ -154,10 +161,40 @@ class Training(Section):
 class Checkpoint(Section):
     """When the state of the run is saved, and how much of it is kept."""
 
-    every_updates: Positive = Field(
-        1000, description="updates between checkpoints; one more is written at the end", json_schema_extra=MAY_CHANGE
+    every_updates: Positive | None = Field(
+        None,
+        description="updates between checkpoints; one more is written at the end. Default: as often as costs least, by the measured time "
+        "that saving holds training up and mtbf_hours (Young 1974, Daly 2006)",
+        json_schema_extra=MAY_CHANGE,
+    )
+    mtbf_hours: float = Field(
+        24.0, gt=0, description="mean time between failures of all that the run runs on", json_schema_extra=MAY_CHANGE
     )
     keep: int = Field(3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE)
+
+
+class Failures(Section):
+    """What is done about bad numbers, hangs and flipped bits."""
+
+    max_skipped: Positive = Field(
+        3, description="updates skipped in a row for bad numbers, after which the run goes back to a checkpoint and passes over their data"
+    )
+    spike_factor: float | None = Field(
+        20.0,
+        gt=1,
+        description="loss or gradient norm, as a multiple of its median over the last 100 updates, from which on an update is skipped; "
+        "None: only where one is no finite number",
+    )
+    hang_seconds: Positive = Field(
+        1800,
+        description="seconds without a finished update, after which every rank writes where it is to RUN/stacks and exits",
+        json_schema_extra=MAY_CHANGE,
+    )
+    compare_replicas_every: Positive | None = Field(
+        None,
+        description="updates between comparisons of the ranks' weights, bit by bit, and before every save; default: never",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class Evaluation(Section):
@@ -184,6 +221,7 @@ class Config(Section):
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
+    failures: Failures = Failures()
     evaluation: Evaluation = Evaluation()
     stages: list[Stage] = Field(
         [], description="early parts with other sizes, as [{until_update: 1000, seq_len: 128, global_batch_size: 64}]"

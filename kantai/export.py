@@ -13,6 +13,7 @@ from transformers import RobertaForMaskedLM, pipeline
 from kantai import UserError
 from kantai.checkpoint import MANIFEST, staged
 from kantai.config import BatchPlan, fixed_settings
+from kantai.metrics import read_metrics
 from kantai.model import MaskedRoberta
 from kantai.rundir import RunDir
 
@@ -50,8 +51,11 @@ def _copy_tokenizer(source: Path, folder: Path, seq_len: int) -> None:
             shutil.copyfile(path, folder / path.name)
     # The model has positions for seq_len tokens only: beyond, PyTorch would fail with an index out of range.
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tokenizer_class": "RobertaTokenizer"}
-    path.write_text(json.dumps({**config, "model_max_length": seq_len}, indent=1) + "\n", encoding="utf-8")
+    try:
+        config = json.loads(path.read_bytes()) if path.exists() else {"tokenizer_class": "RobertaTokenizer"}
+        path.write_text(json.dumps({**config, "model_max_length": seq_len}, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, TypeError):
+        raise UserError(f"{source / path.name} is not a tokenizer's config: bring it back from a copy") from None
 
 
 @torch.no_grad()
@@ -97,9 +101,8 @@ def _card(run_dir: RunDir, model: MaskedRoberta, lineage: dict[str, Any]) -> str
 def _last_score(metrics: Path, update: int) -> dict[str, str]:
     """The last held-out score up to an update, for the card."""
     score: dict[str, str] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-        entry = json.loads(line)
-        if "held_out/loss" in entry and entry["update"] <= update:
+    for entry in read_metrics(metrics) if metrics.exists() else []:
+        if entry.get("held_out/loss") is not None and entry["update"] <= update:
             score = {
                 "held-out loss": f"{entry['held_out/loss']:.3f} nats a masked token (update {entry['update']})",
                 "held-out accuracy": f"{entry['held_out/accuracy']:.1%}",

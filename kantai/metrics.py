@@ -1,5 +1,6 @@
 """What happened? One flat record an update, in ``metrics.jsonl`` and TensorBoard, with slash names."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,12 +8,14 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from kantai.checkpoint import replaced
 
 _RATE_WINDOW_UPDATES = 50
 
@@ -20,35 +23,88 @@ _RATE_WINDOW_UPDATES = 50
 class Metrics:
     """The record of a run, kept by rank 0. A resumed run goes on after its last checkpoint: what was logged later is dropped."""
 
-    def __init__(self, run_dir: Path, first_update: int) -> None:
+    def __init__(self, run_dir: Path, first_update: int, allocated_since: float) -> None:
         self._path = run_dir / "metrics.jsonl"
-        self._drop_from(first_update)
+        records = list(read_metrics(self._path)) if self._path.exists() else []
+        kept = [record for record in records if record["update"] < first_update]
+        if self._path.exists():
+            with replaced(self._path) as partial:
+                partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+        self.goodput = Goodput(run_dir / "starts.jsonl", allocated_since, records, kept)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_update, flush_secs=30)
 
     def write(self, update: int, record: Mapping[str, float]) -> None:
         """Add the record of an update, counted from 1."""
-        self._file.write(json.dumps({"update": update, "time": round(time.time(), 3), **record}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}  # NaN is no JSON
+        self._file.write(json.dumps({"update": update, "time": round(time.time(), 3), **numbers}) + "\n")
         self._file.flush()
         for name, value in record.items():
-            self._tensorboard.add_scalar(name, value, update)
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, update)
 
     def write_text(self, update: int, name: str, text: str) -> None:
         """Add a text (Markdown) to TensorBoard."""
         self._tensorboard.add_text(name, text, update)
+
+    def last(self, name: str, count: int) -> list[float]:
+        """The last finite values of a metric, oldest first."""
+        found = (record.get(name) for record in read_metrics(self._path))
+        return [value for value in found if isinstance(value, float)][-count:]
+
+    def has(self, update: int, name: str) -> bool:
+        """Whether something was recorded of an update."""
+        return any(record["update"] == update and name in record for record in read_metrics(self._path))
+
+    def flush(self) -> None:
+        """Have on the disk what was written so far."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
         self._tensorboard.close()
 
-    def _drop_from(self, first_update: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _update_of(line) < first_update]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self._path)
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a line that a kill tore is passed over."""
+    for record in _read_json_lines(path):
+        if isinstance(record.get("update"), int) and isinstance(record.get("time"), float):
+            yield record
+
+
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+class Goodput:
+    """Share of the time in which nodes were allocated to a run that went into updates it kept, over all its starts.
+
+    The rest is starting, compiling, saving, evaluating, and updates that were lost and done again. ``starts.jsonl`` has when each start
+    got its nodes, and for how long they had been allocated before; a start counts up to its last record.
+    """
+
+    def __init__(self, path: Path, allocated_since: float, records: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
+        earlier = [(line.get("began"), line.get("seconds_before")) for line in _read_json_lines(path)] if path.exists() else []
+        self._before, self._since = 0.0, allocated_since
+        for began, before in earlier[-1:]:
+            if isinstance(began, float) and isinstance(before, float):
+                ended = max([began, *(record["time"] for record in records)])
+                self._before, self._since = before + ended - began, max(ended, allocated_since)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"began": self._since, "seconds_before": self._before}) + "\n")
+        self._useful = sum(record.get("speed/update_seconds") or 0.0 for record in kept)
+
+    def add(self, seconds: float) -> float:
+        """Count an update that was not skipped, and return the goodput."""
+        self._useful += seconds
+        return self._useful / max(self._before + time.time() - self._since, self._useful)
 
 
 class Speed:
@@ -119,10 +175,3 @@ def peak_memory_gib() -> float:
     """Most memory that this process has held, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if os.uname().sysname == "Darwin" else peak / 2**20  # bytes there, KiB on Linux
-
-
-def _update_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # torn by a kill

@@ -1,14 +1,16 @@
 """Which run is this? A run directory, the config and data that it belongs to, and how far it has come. No torch: looking is quick."""
 
 import importlib.metadata
+import json
 import platform
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import kantai
 from kantai import UserError
-from kantai.checkpoint import CheckpointStore, digest, sha256
+from kantai.checkpoint import CheckpointStore, digest, replaced, sha256
 from kantai.config import Config, fixed_settings, load_config, refuse_other_run, save_config
 from kantai.data import Data, open_data
 
@@ -24,7 +26,7 @@ class RunDir:
     config: Config
     data: Data
 
-    @property
+    @cached_property
     def store(self) -> CheckpointStore:
         """Its checkpoints."""
         return CheckpointStore(self.path)
@@ -46,22 +48,26 @@ class RunDir:
         if found is None:
             return 0
         update, manifest = found
-        lineage = self.lineage()
+        ours, theirs = self.lineage(), manifest.get("lineage")
+        theirs = theirs if isinstance(theirs, dict) else {}
         for key in ("shards", "tokenizer"):
-            if manifest.get("lineage", {}).get(key) != lineage[key]:
+            if theirs.get(key) != ours[key]:
                 raise UserError(
                     f"{self.store.path(update)} was trained on other {key} than {getattr(self.config.data, key)}: name those of its start"
                 )
+        known, passed = PassedOver.of(self.path), theirs.get("passed_over", [])
+        if not isinstance(passed, list) or not {str(list(window)) for window in known.windows} >= set(map(str, passed)):
+            raise UserError(f"{known.path} lacks what checkpoint {update} says of data that was passed over: bring it back from a copy")
         return update
 
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
         self.path.mkdir(parents=True, exist_ok=True)
+        with replaced(self.path / CONFIG_FILE) as partial:  # first: it is what makes a folder a run directory
+            save_config(self.config, partial)
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
         (self.path / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
-        partial = self.path / f".{CONFIG_FILE}.partial"
-        save_config(self.config, partial)
-        partial.replace(self.path / CONFIG_FILE)
+        (self.path / "stacks").mkdir(exist_ok=True)
 
     def lineage(self) -> dict[str, Any]:
         """Fingerprints of everything that decides the result, for checkpoints and the model card."""
@@ -79,6 +85,47 @@ class RunDir:
         }
 
 
+class PassedOver:
+    """The data that a run was not to see again after bad numbers: ``passed_over.jsonl`` in its directory.
+
+    With it, what update *t* is shown stays a function of config, data, seed and *t*.
+
+    Attributes:
+        windows: (update from which on it holds, first update whose data was passed over, and the one behind the last).
+    """
+
+    def __init__(self, path: Path, windows: list[tuple[int, int, int]]) -> None:
+        self.path, self.windows = path, windows
+
+    @classmethod
+    def of(cls, run_dir: Path) -> "PassedOver":
+        """Of a run directory.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = run_dir / "passed_over.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            records = [json.loads(line) for line in lines]
+            return cls(path, [(int(each["from_update"]), int(each["first"]), int(each["stop"])) for each in records])
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+            raise UserError(f"{path} is damaged: it says which data the run passes over; bring it back from a copy") from None
+
+    def data_update(self, update: int) -> int:
+        """The update whose data an update is shown."""
+        return update + sum(stop - first for from_update, first, stop in self.windows if from_update <= update)
+
+    def add(self, back: int, done: int, store: CheckpointStore) -> None:
+        """From update ``back`` on, pass over the data that updates up to ``done`` were shown; for the latest start's rank 0."""
+        window = (back, self.data_update(back), self.data_update(done - 1) + 1)
+        # What had been passed over after the checkpoint is within this window.
+        self.windows = [*(each for each in self.windows if each[0] <= back), window]
+        with store.replaced(self.path) as partial:
+            records = ({"from_update": each, "first": first, "stop": stop} for each, first, stop in self.windows)
+            partial.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+
+
 def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
     """Look whether a run may start or go on in its directory; writes nothing.
 
@@ -93,9 +140,7 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
         if not resume:
             raise UserError(f"{path} has a run already: leave --resume at auto to continue it, or give another --run_dir=...")
         refuse_other_run(config, load_config(path / CONFIG_FILE))
-    elif path.exists() and (
-        not path.is_dir() or any(entry.name not in (PROMPTS_FILE, f".{CONFIG_FILE}.partial") for entry in path.iterdir())
-    ):
+    elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(f".{CONFIG_FILE}") for entry in path.iterdir())):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
     return RunDir(path, config, data)
 

@@ -9,11 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from kantai import UserError
 from kantai.cache import Cache, RemoteFile
@@ -29,6 +31,38 @@ _MOST_UINT16_IDS = 1 << 16
 _OPEN_AT_ONCE = 512
 _QUICKLY_HASHED_BYTES = 1 << 32
 _WRITE_AGAIN = "write them again with scripts/tokenize_corpus.py"
+
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+class _Entry(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    file: str
+    documents: _Count
+    tokens: _Count
+
+
+class _Split(TypedDict):
+    shards: list[_Entry]
+    documents: _Count
+    tokens: _Count
+    unigram_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Manifest(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+    kind: Literal["shards"]
+    tokenizer: str
+    vocab_size: _Count
+    dtype: Literal["uint16", "uint32"]
+    source: dict[str, Any]
+    report: dict[str, Any]
+    splits: dict[str, _Split]
+    files: dict[str, dict[str, Any]]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
@@ -89,9 +123,18 @@ class ShardSet:
     cache: Cache | None
 
     def token_counts(self) -> Int64s:
-        """How often each entry of the vocabulary occurs, [splits, vocabulary]."""
-        with self.open_file(TOKEN_COUNTS) as file:
-            counts: Int64s = np.load(file, allow_pickle=False)
+        """How often each entry of the vocabulary occurs, [splits, vocabulary].
+
+        Raises:
+            UserError: the file that says so does not.
+        """
+        try:
+            with self.open_file(TOKEN_COUNTS) as file:
+                counts: Int64s = np.load(file, allow_pickle=False)
+            if counts.shape != (len(SPLITS), self.manifest["vocab_size"]) or counts.dtype != np.int64:
+                raise ValueError(f"shape {counts.shape} of {counts.dtype}")
+        except (ValueError, EOFError, KeyError, SyntaxError) as error:
+            raise UserError(f"damaged shards: {TOKEN_COUNTS} is no table of counts: {error}; {_WRITE_AGAIN}") from None
         return counts
 
     def prefetch(self, split: str, numbers: list[int]) -> None:
@@ -183,7 +226,11 @@ def map_shard(file: BinaryIO) -> Shard:
     try:
         content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         column = pa.ipc.open_stream(content).read_all().column("input_ids").chunk(0)
-        return Shard(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+        column.validate()  # that the buffers are as large as they are said to be
+        shard = Shard(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+        if (shard.boundaries[0], shard.boundaries[-1]) != (0, len(shard.tokens)) or (np.diff(shard.boundaries) < 0).any():
+            raise ValueError("its documents do not follow each other")
+        return shard
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"damaged shards: {file.name} is none: {error}; {_WRITE_AGAIN}") from None
 
@@ -203,6 +250,7 @@ def _open_remote(cache: Cache, url: str) -> ShardSet:
 
 
 def _shard_set(manifest: dict[str, Any], open_file: Callable[[str], BinaryIO], cache: Cache | None) -> ShardSet:
+    _MANIFEST.validate_python(manifest)
     dtype = np.dtype(manifest["dtype"])
 
     def open_shard(name: str) -> Shard:

@@ -1,14 +1,21 @@
-"""The loop: batches in, updates done, metrics and checkpoints out."""
+"""The loop: batches in, updates done, metrics and checkpoints out; and what is done when something goes wrong."""
 
+import faulthandler
+import math
+import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kantai import UserError
 from kantai.batches import Batches, Stage
-from kantai.checkpoint import begin, publish, verify
-from kantai.cluster import Place, StopSignal
+from kantai.cluster import Place, Requests, allocated_since
 from kantai.config import BatchPlan
 from kantai.data import Prefetcher
 from kantai.engine import Engine, Outcome
@@ -16,78 +23,187 @@ from kantai.evaluate import fill_masks, held_out_score
 from kantai.metrics import Metrics, Progress, Speed, peak_memory_gib
 from kantai.model import MicroBatch, build_model
 from kantai.optim import learning_rate
-from kantai.rundir import RunDir
+from kantai.rundir import PassedOver, RunDir
+from kantai.saving import Saver
 
 _PREFETCHED = 4  # micro-batches that a worker makes ahead
+_REMEMBERED = 100  # losses and gradient norms
+_MOST_ROLLBACKS = 3  # to one checkpoint
+_MARGIN_SECONDS = 30.0  # before the job's end
+_SECONDS_TO_DUMP_STACKS = 60.0
+_SECONDS_FOR_THE_LAUNCHER = 60.0
 
 
-def train(run_dir: RunDir, place: Place) -> None:
-    """Train from the newest valid checkpoint, or from scratch, to the last update or a stop signal."""
-    config, data = run_dir.config, run_dir.data
-    stop = StopSignal()
-    engine = Engine(config, place, build_model(config, data.vocabulary))
-    batches = data.training_batches(place.world_size)
-    run = Run(run_dir, engine, batches)
-    first_update = run.resume()
-    prefetcher = Prefetcher(data, batches, place.rank, first_update)
-    on_gpu = engine.device.type == "cuda"
-    for update, micro_batches, waited_seconds in stream(
-        batches, place.rank, first_update, data.total_updates, config.data.workers, pin_memory=on_gpu
-    ):
-        prefetcher.advance(update)
-        run.update(update, micro_batches, waited_seconds)
-        done = update + 1
-        is_last = done == data.total_updates
-        must_stop = engine.any_rank(stop.received is not None)
-        if is_last or done % config.evaluation.every_updates == 0:
-            run.evaluate(done)
-        if is_last or must_stop or done % config.checkpoint.every_updates == 0:
-            run.save(done)
-        if must_stop and not is_last:
-            run.progress.say(f"asked to stop: saved update {done} of {data.total_updates}; the same command goes on from there")
+def train(run_dir: RunDir, place: Place) -> bool:
+    """Train from the newest valid checkpoint, or from scratch, to the last update or until it is asked to stop.
+
+    Returns:
+        Whether all updates are done.
+    """
+    try:
+        return _train(run_dir, place)
+    except Exception as error:
+        if place.world_size > 1 and "connection" in str(error).lower():
+            # Another rank is gone, and that is what is to be seen; the launcher ends this one.
+            time.sleep(_SECONDS_FOR_THE_LAUNCHER)
+        raise
+
+
+def _train(run_dir: RunDir, place: Place) -> bool:
+    hang_seconds = run_dir.config.failures.hang_seconds
+    faulthandler.dump_traceback_later(hang_seconds, exit=True)  # until there is a place for it in the run directory
+    model = build_model(run_dir.config, run_dir.data.vocabulary)
+    engine = Engine(run_dir.config, place, model, timeout_seconds=hang_seconds + _SECONDS_TO_DUMP_STACKS)
+    run = Run(run_dir, engine)
+    done, total = run.resume(), run_dir.data.total_updates
+    while done < total:
+        for update, micro_batches, waited_seconds in run.batches_from(done):
+            outcome = run.update(update, micro_batches, waited_seconds)
+            done = update + 1
+            agreed = run.agree(done)
+            if run.has_gone_bad(outcome):
+                done = run.roll_back(done)
+                break
+            if done == total or (done % run.config.evaluation.every_updates == 0 and not agreed.stop):
+                run.evaluate(done)
+            if agreed.all_written:
+                run.publish()
+            # What came before bad numbers may be what they come from: not to be gone back to.
+            if (agreed.save and not outcome.skipped) or agreed.stop or done == total:
+                run.save(done)
+            if agreed.stop:
+                break
+        if agreed.stop:
             break
-    run.close()
+    run.close(done)
+    return done == total
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know after an update that only some knew before."""
+
+    stop: bool
+    save: bool
+    all_written: bool  # each rank's part of a checkpoint
 
 
 class Run:
     """What rank 0 writes down, and every rank's part in saving and evaluating."""
 
-    def __init__(self, run_dir: RunDir, engine: Engine, batches: Batches) -> None:
-        self.dir, self.engine, self.config, self.data, self.batches = run_dir, engine, run_dir.config, run_dir.data, batches
+    def __init__(self, run_dir: RunDir, engine: Engine) -> None:
+        self.dir, self.engine, self.config, self.data = run_dir, engine, run_dir.config, run_dir.data
+        self.batches = self.data.training_batches(engine.place.world_size)
         self.is_main = engine.place.is_main
         self.speed = Speed(engine.matmul_flops_per_second())
+        self.store = run_dir.store
+        self.saver = Saver(engine, self.store, self.config.checkpoint.keep)
+        self.requests = Requests(run_dir.path, looks=self.is_main)
+        self.passed_over = PassedOver.of(run_dir.path)
+        self.losses: deque[float] = deque(maxlen=_REMEMBERED)
+        self.norms: deque[float] = deque(maxlen=_REMEMBERED)
+        self.skipped_in_a_row = 0
+        self.evaluation_seconds = 0.0
+        self.why_stop: str | None = None
 
     def resume(self) -> int:
-        """Take up the newest valid checkpoint and open the records. Returns the updates done so far."""
-        if self.is_main:
-            self.dir.create()
-        done = self.engine.from_main(self.dir.newest(set_aside=True) if self.is_main else 0)
+        """Take the run over, take up its newest valid checkpoint and open the records. Returns the updates done so far."""
+        done = self.engine.on_main(self._take_over)
         if done:
-            self.engine.load_state(self.dir.store.path(done), done)
-        self.metrics = Metrics(self.dir.path, first_update=done + 1) if self.is_main else None
+            self.engine.load_state(self.store.path(done))
         self.progress = Progress(done, self.data.total_updates, show=self.is_main)
+        self._open_records(done)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.raw_model.parameters())
         self.progress.say(f"model: {parameters:,} parameters; {self.data.total_updates} updates, {done} done")
         self.stage: Stage | None = None
+        self.stacks = (self.dir.path / "stacks" / f"rank-{self.engine.place.rank:05d}.txt").open("a")
+        if self.stacks.tell():
+            self.progress.say(f"an earlier start hung: see {self.dir.path / 'stacks'}")
+        self._still_alive()
+        every = self.config.evaluation.every_updates
+        if done and done % every == 0 and self.engine.from_main(self.metrics is not None and not self.metrics.has(done, "held_out/loss")):
+            self.evaluate(done)  # it was asked to stop before
         return done
 
-    def update(self, update: int, micro_batches: list[MicroBatch], waited_seconds: float) -> None:
+    def batches_from(self, first_update: int) -> Iterator[tuple[int, list[MicroBatch], float]]:
+        """See :func:`stream`; shards that come from elsewhere are fetched ahead."""
+        rank, total, at = self.engine.place.rank, self.data.total_updates, self.passed_over.data_update
+        prefetcher = Prefetcher(self.data, self.batches, rank, at(first_update))
+        on_gpu = self.engine.device.type == "cuda"
+        for batch in stream(self.batches, rank, first_update, total, self.config.data.workers, at=at, pin_memory=on_gpu):
+            prefetcher.advance(at(batch[0]))
+            yield batch
+
+    def update(self, update: int, micro_batches: list[MicroBatch], waited_seconds: float) -> Outcome:
         """Do one update and write down what happened."""
-        if self.stage is not (stage := self.batches.stage(update)):
+        if self.stage is not (stage := self.batches.stage(self.passed_over.data_update(update))):
             self.stage = stage
             self.progress.say(f"from update {update} on: {stage.plan}, of up to {stage.sequences.seq_len} tokens")
         rate = learning_rate(self.config.optimizer, update, self.data.total_updates)
         start = time.perf_counter()
-        outcome = self.engine.update(update, micro_batches, rate)
-        self.speed.add(time.perf_counter() - start + waited_seconds, outcome.tokens, outcome.flops)
-        if self.metrics is not None:
-            self.metrics.write(
-                update + 1, {**_train_record(outcome, rate), **self.speed.record(), "speed/data_wait_seconds": waited_seconds}
-            )
+        outcome = self.engine.update(update, micro_batches, rate, self._limit(self.losses), self._limit(self.norms))
+        seconds = time.perf_counter() - start + waited_seconds
+        self.speed.add(seconds, outcome.tokens, outcome.flops)
+        if not outcome.skipped:
+            self.losses.append(outcome.loss)
+            self.norms.append(outcome.grad_norm)
+        if self.metrics is not None and not self.store.is_taken_over():
+            goodput = self.metrics.goodput.add(0.0 if outcome.skipped else seconds)
+            times = {"speed/update_seconds": seconds, "speed/data_wait_seconds": waited_seconds, "speed/goodput": goodput}
+            self.metrics.write(update + 1, {**_train_record(outcome, rate), **self.speed.record(), **times})
         self.progress.update(update + 1, outcome.loss, self.speed.record()["speed/tokens_per_second"], self.speed.seconds_per_update)
+        self._still_alive()
+        return outcome
+
+    def agree(self, done: int) -> Agreement:
+        """Have all ranks know what one of them knows: the one exchange after every update.
+
+        Raises:
+            UserError: another start of the run has taken over, or ranks that should have the same weights do not.
+        """
+        settings, saver = self.config.checkpoint, self.saver
+        needed = 2 * (self.speed.seconds_per_update + saver.stall_seconds + saver.write_seconds) + self.evaluation_seconds + _MARGIN_SECONDS
+        self.why_stop = self.requests.to_stop(needed)
+        save = taken_over = False
+        if self.is_main:
+            taken_over = self.store.is_taken_over()
+            if settings.every_updates is None:
+                save = saver.seconds_since() >= saver.interval_seconds(settings.mtbf_hours, self.requests.job_hours())
+            save |= self.requests.to_save()
+        flags = torch.tensor([self.why_stop is not None, save, saver.is_written(), taken_over], dtype=torch.float32)
+        stops, saves, written, taken = self.engine.sum_over_ranks(flags).tolist()
+        if taken:
+            raise UserError(f"{self.dir.path} has been taken over by a later start of the run: this one ends")
+        save_now = bool(saves) or (settings.every_updates is not None and done % settings.every_updates == 0)
+        every = self.config.failures.compare_replicas_every
+        if every is not None and (done % every == 0 or save_now or stops or done == self.data.total_updates):  # what is saved is to be good
+            self.publish()
+            self.engine.compare_replicas()
+        return Agreement(bool(stops), save_now, written == self.engine.place.world_size)
+
+    def has_gone_bad(self, outcome: Outcome) -> bool:
+        """Whether so many updates in a row were skipped that going on is no use."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped else 0
+        if outcome.skipped:
+            self.progress.say(f"an update was skipped: loss {outcome.loss:.3g}, gradient norm {outcome.grad_norm:.3g}")
+        return self.skipped_in_a_row >= self.config.failures.max_skipped
+
+    def roll_back(self, done: int) -> int:
+        """Go back to the newest valid checkpoint, and never again to the data that came after it. Returns its update."""
+        self.publish()
+        back = self.engine.on_main(lambda: self._pass_over(done))
+        self.passed_over = self.engine.from_main(self.passed_over)
+        self.engine.load_state(self.store.path(back))
+        if self.metrics is not None:
+            self.metrics.close()
+        self._open_records(back)
+        self.skipped_in_a_row = 0
+        self.progress.say(f"back to update {back}; the data of updates {back} to {done - 1} is passed over")
+        return back
 
     def evaluate(self, done: int) -> None:
         """Score the held-out split and fill in the prompts, on all ranks together."""
+        start = time.perf_counter()
         engine, micro, world = self.engine, self.config.batch.micro_batch_size, self.engine.place.world_size
         batches, steps = self.data.held_out_batches(BatchPlan(micro * world, micro, world))
         score = held_out_score(
@@ -99,45 +215,107 @@ class Run:
             f"update {done}: held-out loss {score.loss:.3f} (unigram entropy {self.data.unigram_entropy:.3f}), "
             f"accuracy {score.accuracy:.1%}, perplexity {score.perplexity:,.1f}"
         )
-        if self.metrics is not None:
+        if self.metrics is not None and not self.store.is_taken_over():
             self.metrics.write(
                 done, {**score.record(), "held_out/unigram_entropy": self.data.unigram_entropy, "memory/peak_gib": self.peak_memory_gib()}
             )
             lines = (f"{prompt}: {', '.join(word for word, _ in words)}" for prompt, words in zip(prompts, filled, strict=True))
             self.metrics.write_text(done, "fill_mask", "\n\n".join(line.replace("<", "&lt;") for line in lines))
+        self.evaluation_seconds = time.perf_counter() - start
+        self._still_alive()
 
     def save(self, done: int) -> None:
-        """Publish a checkpoint, then remove the oldest."""
-        target = self.dir.store.path(done)
-        folder = self.engine.from_main(begin(target) if self.is_main else target)
-        files = self.engine.save_state(folder)
+        """Copy the state; it is written while training goes on."""
+        self.publish()
+        if self.metrics is not None:
+            self.metrics.flush()  # a checkpoint must not know of updates that the records have lost
         if self.is_main:
-            publish(folder, target, files, kind="checkpoint", update=done, lineage=self.dir.lineage())
-            verify(target)
-            self.dir.store.prune(self.config.checkpoint.keep)
-        self.engine.wait_for_all()
+            self.requests.answer()
+        lineage = {**self.dir.lineage(), "passed_over": self.passed_over.windows} if self.is_main else {}
+        self.saver.start(done, lineage=lineage)
+        self._still_alive()
+
+    def publish(self) -> None:
+        """Have the checkpoint that is being written, if there is one, take its place when it is done."""
+        if self.saver.finish() and self.metrics is not None:
+            times = {"checkpoint/stall_seconds": self.saver.stall_seconds, "checkpoint/write_seconds": self.saver.write_seconds}
+            self.metrics.write(self.saver.update, times)
+        self._still_alive()
 
     def peak_memory_gib(self) -> float:
         """Most memory held on this rank's device, in GiB."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.engine.device.type == "cuda" else peak_memory_gib()
 
-    def close(self) -> None:
-        """Flush the records and leave the other ranks."""
+    def close(self, done: int) -> None:
+        """Publish the last checkpoint, flush the records and leave the other ranks."""
+        self.publish()
+        if done < self.data.total_updates:
+            why = next(filter(None, self.engine.from_all(self.why_stop)))
+            self.progress.say(
+                f"asked to stop ({why}): saved update {done} of {self.data.total_updates}; the same command goes on from there"
+            )
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
+        faulthandler.cancel_dump_traceback_later()
+        self.stacks.close()
+        Path(self.stacks.name).unlink(missing_ok=True)
         self.engine.close()
+
+    def _take_over(self) -> int:
+        self.dir.create()
+        self.store.take_over()
+        return self.dir.newest(set_aside=True)
+
+    def _open_records(self, done: int) -> None:
+        self.metrics = Metrics(self.dir.path, done + 1, allocated_since()) if self.is_main else None
+        for name, values in (("train/loss", self.losses), ("train/grad_norm", self.norms)):
+            values.clear()
+            values.extend(self.engine.from_main(self.metrics.last(name, _REMEMBERED) if self.metrics is not None else []))
+        self.passed_over = self.engine.from_main(PassedOver.of(self.dir.path))
+
+    def _pass_over(self, done: int) -> int:
+        back = self.dir.newest(set_aside=True)
+        if back == 0:
+            raise UserError("loss or gradient are no finite numbers, and no checkpoint was saved before: lower optimizer.learning_rate")
+        if [update for update, _, _ in self.passed_over.windows].count(back) == _MOST_ROLLBACKS:
+            raise UserError(
+                f"loss or gradient are no finite numbers after update {back} on {_MOST_ROLLBACKS} windows of data, so it is not the data: "
+                "lower optimizer.learning_rate in a new run"
+            )
+        self.passed_over.add(back, done, self.store)
+        return back
+
+    def _limit(self, earlier: deque[float]) -> float:
+        """From which on a loss or gradient norm is called exploding."""
+        factor = self.config.failures.spike_factor
+        return math.inf if factor is None or len(earlier) < _REMEMBERED else factor * statistics.median(earlier)
+
+    def _still_alive(self) -> None:
+        """Put the moment off at which this process writes where all its threads are, and exits."""
+        faulthandler.dump_traceback_later(self.config.failures.hang_seconds, exit=True, file=self.stacks)
 
 
 def stream(
-    batches: Batches, rank: int, first_update: int, total_updates: int, workers: int, *, pin_memory: bool = False
+    batches: Batches,
+    rank: int,
+    first_update: int,
+    total_updates: int,
+    workers: int,
+    *,
+    at: Callable[[int], int] = lambda update: update,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[int, list[MicroBatch], float]]:
-    """Yield (update, this rank's micro-batches, seconds waited for them) from ``first_update`` on, made by any number of workers."""
+    """Yield (update, this rank's micro-batches, seconds waited for them) from ``first_update`` on, made by any number of workers.
+
+    Args:
+        at: which update's data an update is shown; another one's after a run has passed over some.
+    """
 
     def micro_steps(update: int) -> range:
-        return range(batches.stage(update).plan.gradient_accumulation_steps)
+        return range(batches.stage(at(update)).plan.gradient_accumulation_steps)
 
-    sampler = ((update, micro_step) for update in range(first_update, total_updates) for micro_step in micro_steps(update))
+    sampler = ((at(update), micro_step) for update in range(first_update, total_updates) for micro_step in micro_steps(update))
     loader = DataLoader(
         _MicroBatches(batches, rank),
         batch_size=None,
@@ -146,6 +324,7 @@ def stream(
         # Forked workers share the mapped shards; any other start would pickle them, whole.
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=_PREFETCHED if workers else None,
+        worker_init_fn=_leave_signals_to_the_rank,
         pin_memory=pin_memory,
     )
     micro_batches = iter(loader)
@@ -165,6 +344,12 @@ class _MicroBatches(Dataset[MicroBatch]):
         return MicroBatch(self.batches.micro_batch(*place, self.rank))
 
 
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """Launchers and SLURM signal every process. A worker that ended by it would take its rank along, before that has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _train_record(outcome: Outcome, rate: float) -> dict[str, float]:
     return {
         "train/loss": outcome.loss,
@@ -172,4 +357,6 @@ def _train_record(outcome: Outcome, rate: float) -> dict[str, float]:
         "train/perplexity": outcome.perplexity,
         "train/learning_rate": rate,
         "train/grad_norm": outcome.grad_norm,
+        "train/skipped": float(outcome.skipped),
+        "train/loss_scale": outcome.loss_scale,
     }

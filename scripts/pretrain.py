@@ -4,9 +4,10 @@ accelerate launch --config_file configs/accelerate/cpu.yaml scripts/pretrain.py 
 """
 
 import argparse
+import sys
 
 from kantai import run_command
-from kantai.cluster import Place
+from kantai.cluster import EXIT_STOPPED, Place
 from kantai.config import describe, load_config
 from kantai.data import open_data
 from kantai.rundir import open_run_dir
@@ -33,9 +34,12 @@ def main() -> None:
         if place.is_main:
             print(f"{run_dir.path}: {run_dir.newest()} of {data.total_updates} updates done")
         return
-    from kantai.train import train  # imports torch, which bad input need not wait for
+    from torch.distributed.elastic.multiprocessing.errors import record  # torch is what bad input need not wait for
 
-    train(run_dir, place)
+    from kantai.train import train
+
+    if not record(train)(run_dir, place):
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 # Sourced by quickstart.sh and test.sh from the repository's root: makes .venv with the pinned versions, or finds it made, and activates it.
+set -e
 python=
 for name in python3 python3.13 python3.12 python3.11; do
   if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$name; break; fi

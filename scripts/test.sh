@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 ruff format --check --quiet . || { echo "error: not formatted; run .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .
 mypy --no-error-summary
-pytest "$@"
+pytest --numprocesses 2 --dist loadfile "$@" # most of a test is one process that starts

@@ -5,10 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors.numpy import load_file
+
+from kantai.checkpoint import CheckpointStore, verify
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -32,13 +36,18 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def pretrain_command(launcher: str | None, *arguments: object, processes: int = 2) -> list[str]:
-    """The command that trains a tiny model; ``launcher`` names a file of configs/accelerate, None starts one plain process."""
-    program = [sys.executable]
+def launch_command(launcher: str | None, processes: int, *program: object) -> list[str]:
+    """Python for a program; ``launcher`` names a file of configs/accelerate, None starts one plain process."""
+    command = [sys.executable]
     if launcher is not None:
-        program = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{launcher}.yaml"]
-        program += ["--num_processes", str(processes)]
-    return [*program, "scripts/pretrain.py", "--config", "configs/quickstart.yaml", *TINY, *map(str, arguments)]
+        command += ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{launcher}.yaml"]
+        command += ["--num_processes", str(processes)]
+    return [*command, *map(str, program)]
+
+
+def pretrain_command(launcher: str | None, *arguments: object, processes: int = 2) -> list[str]:
+    """The command that trains a tiny model; see :func:`launch_command`."""
+    return launch_command(launcher, processes, "scripts/pretrain.py", "--config", "configs/quickstart.yaml", *TINY, *arguments)
 
 
 def pretrain(launcher: str | None, *arguments: object, processes: int = 2) -> str:
@@ -49,12 +58,33 @@ def pretrain(launcher: str | None, *arguments: object, processes: int = 2) -> st
     return done.stdout
 
 
+def job(run: Path, *arguments: str, poisoned: Sequence[int] = (), source: Path | None = None, until: int = 0) -> dict[str, Any]:
+    """A run for :func:`several`; see tests/several.py."""
+    return {"run_dir": str(run), "arguments": arguments, "poisoned": poisoned, "source": source and str(source), "until": until}
+
+
+def several(launcher: str | None, processes: int, folder: Path, jobs: list[dict[str, Any]]) -> str:
+    """Do runs in one launch, one after the other, and return what they printed."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = launch_command(launcher, processes, "tests/several.py", folder / "jobs.json")
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def kill_at_once(process: subprocess.Popen[str]) -> None:
     """SIGKILL the launcher and its ranks, which are in sessions of their own."""
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
+
+
+def state(run_dir: Path, update: int) -> dict[str, Any]:
+    """All tensors of a checkpoint by name, whatever files they are in."""
+    folder = CheckpointStore(run_dir).path(update)
+    verify(folder)
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def metrics(run_dir: Path, name: str) -> list[float]:

@@ -1,18 +1,17 @@
 """Nothing half-written: a folder is there whole and verified, or not at all, whenever the process that writes it dies."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kantai import UserError
-from kantai.checkpoint import CheckpointStore, Damaged, begin, digest, publish, read_manifest, record, sha256, staged, verify
+from kantai.checkpoint import CheckpointStore, Damaged, digest, read_manifest, record, refuse_full_disk, staged, verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,16 +195,26 @@ def test_damaged_manifest_is_named(tmp_path: Path, content: str | None) -> None:
 
 
 def make_checkpoints(run_dir: Path, *updates: int) -> CheckpointStore:
+    """By the start of a run, which has taken over."""
     store = CheckpointStore(run_dir)
+    store.take_over()
     for update in updates:
-        with staged(store.path(update), kind="checkpoint", update=update) as folder:
-            (folder / "state").write_text(f"state {update}")
+        write(store, update)
     return store
+
+
+def write(store: CheckpointStore, update: int) -> None:
+    folder = store.stage(update)
+    (folder / "state").write_text(f"state {update}")
+    store.publish(update, {"state": record(folder / "state")})
+
+
+def seen(store: CheckpointStore) -> list[str]:
+    return [name for name in names(store.folder) if not name.startswith(".")]
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.prune(2)
     assert store.updates() == [] and store.newest_valid() is None
 
 
@@ -230,11 +239,11 @@ def test_damaged_checkpoints_are_passed_over_and_set_aside(tmp_path: Path, capsy
     assert "update-00000003/state fails its checksum" in said[0] and "update-00000002/manifest.json is missing" in said[1]
 
     assert store.newest_valid(set_aside=True) == found
-    assert names(store.folder) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
-    make_checkpoints(tmp_path, 3)
+    assert seen(store) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
+    write(store, 3)
     flip_a_bit(store.path(3) / "state")
     assert store.newest_valid(set_aside=True) == found  # a second time under the same name
-    assert names(store.folder) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
+    assert seen(store) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
 
 
 def test_no_valid_checkpoint_is_none(tmp_path: Path) -> None:
@@ -247,36 +256,52 @@ def test_no_valid_checkpoint_is_none(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
     store = make_checkpoints(tmp_path, 10, 20, 30, 40)
     store.prune(keep)
-    assert store.updates() == left and len(names(store.folder)) == len(left)
+    assert store.updates() == left and len(seen(store)) == len(left)
     for update in left:
         verify(store.path(update))
 
 
 def test_what_killed_processes_left_is_harmless_and_goes(tmp_path: Path) -> None:
-    """A kill within prune leaves a hidden checkpoint with files missing; one within a save, a hidden one without a manifest."""
-    store = make_checkpoints(tmp_path, 1, 2, 3)
-    shutil.copytree(store.path(1), store.folder / ".update-00000001.partial")
-    (store.folder / ".update-00000001.partial" / "state").unlink()
-    shutil.rmtree(store.path(1))
-    (begin(store.path(4)) / "state").write_text("half")
+    """A kill within prune or within a save leaves folders in that start's own; the next start removes them."""
+    killed = make_checkpoints(tmp_path, 1, 2, 3)
+    (killed.stage(4) / "state").write_text("half")
+    (attempt,) = killed.folder.glob(".attempt-*")
+    killed.path(1).rename(attempt / "pruned-1")
 
-    assert store.updates() == [2, 3]
-    assert store.newest_valid() == (3, verify(store.path(3)))
-    make_checkpoints(tmp_path, 4)
+    store = CheckpointStore(tmp_path)
+    assert store.updates() == [2, 3] and store.newest_valid() == (3, verify(store.path(3)))
+    store.take_over()
+    write(store, 4)
     store.prune(2)
-    assert names(store.folder) == ["update-00000003", "update-00000004"]
-    verify(store.path(4))
+    assert names(store.folder) == [".attempt-000002", ".starts", "update-00000003", "update-00000004"]
+    assert not list((store.folder / ".attempt-000002").iterdir())
 
 
-def test_ranks_write_into_one_staging_folder(tmp_path: Path) -> None:
-    """How a checkpoint is written: one process begins, each records its own file, one publishes."""
-    target = tmp_path / "update-00000001"
-    folder = begin(target)
-    entries = {}
-    for rank in range(2):
-        (folder / f"state-{rank}").write_text(f"of rank {rank}")
-        entries[f"state-{rank}"] = record(folder / f"state-{rank}")
-    assert not target.exists()
-    publish(folder, target, entries, update=1)
-    assert json.loads((target / "manifest.json").read_text()) == {"update": 1, "files": entries}
-    assert verify(target)["files"]["state-1"] == {"bytes": 9, "sha256": sha256(target / "state-1")}
+def test_who_was_taken_over_publishes_and_prunes_nothing(tmp_path: Path) -> None:
+    """As on a node that was cut off and is back, wherever it was."""
+    stale = make_checkpoints(tmp_path, 1, 2)
+    half = stale.stage(3)
+    (half / "state").write_text("of the stale one")
+    entry = record(half / "state")
+
+    latest = make_checkpoints(tmp_path, 3)
+    assert stale.is_taken_over() and not latest.is_taken_over()
+    for change in (lambda: stale.publish(4, {"state": entry}), lambda: stale.stage(4), lambda: stale.prune(1)):
+        with pytest.raises(UserError, match="has been taken over by a later start"):
+            change()
+    assert latest.updates() == [1, 2, 3] and (latest.path(3) / "state").read_text() == "state 3"
+    with pytest.raises(FileNotFoundError):
+        (half / "state").write_text("still writing")
+
+
+def test_of_several_starts_at_once_one_is_the_latest(tmp_path: Path) -> None:
+    stores = [CheckpointStore(tmp_path) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda store: store.take_over(), stores))
+    assert sum(not store.is_taken_over() for store in stores) == 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    refuse_full_disk(tmp_path, 1)
+    with pytest.raises(UserError, match=r"GB free and a checkpoint takes .* GB more, or lower checkpoint.keep"):
+        refuse_full_disk(tmp_path, 2**60)

@@ -38,17 +38,19 @@ def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
     for name in ("loss", "accuracy", "perplexity", "learning_rate", "grad_norm"):
         assert len(metrics(run, f"train/{name}")) == UPDATES
     assert all(0 < mfu < 2 for mfu in metrics(run, "speed/mfu"))
-    for name in ("speed/tokens_per_second", "speed/data_wait_seconds"):
+    assert all(0 < goodput < 1 for goodput in metrics(run, "speed/goodput"))
+    for name in ("speed/tokens_per_second", "speed/data_wait_seconds", "speed/update_seconds"):
         assert len(metrics(run, name)) == UPDATES
     assert len(metrics(run, "held_out/loss")) == len(metrics(run, "memory/peak_gib")) == 3
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(metrics(run, "train/loss"))
+    for name in ("train/loss", "speed/goodput"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(metrics(run, name))
     assert len(events.Tensors("fill_mask/text_summary")) == 3
     assert b"&lt;mask>" in events.Tensors("fill_mask/text_summary")[0].tensor_proto.string_val[0]
 
 
 def test_retention_keeps_the_last_ones(run: Path) -> None:
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["update-00000002", "update-00000004", "update-00000005"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == ["update-00000002", "update-00000004", "update-00000005"]
 
 
 def test_evaluate_says_what_training_said(run: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from kantai import UserError
+from kantai.checkpoint import digest
 from kantai.corpus import documents, pieces
 from kantai.files import find_files
 from kantai.shards import SHARD_TOKENS, SPLITS, Shard, ShardWriter, map_shard, open_shards
@@ -194,10 +195,15 @@ def test_folder_that_holds_no_shards_is_named(tmp_path: Path, shards_dir: Path, 
         open_shards(tokenizer_dir)
     shutil.copytree(shards_dir, tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"dtype": "uint32"}))
+    del manifest["digest"]
+    rewrite(tmp_path / "other", manifest | {"dtype": "uint32"})
     with pytest.raises(UserError, match=r"damaged shards: train-000000-000\.arrow holds uint16, not uint32"):
         open_shards(tmp_path / "other").splits["train"][0]
     manifest["splits"]["train"]["shards"][0]["tokens"] += 1
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(tmp_path / "other", manifest)
     with pytest.raises(UserError, match=r"damaged shards: train-000000-000\.arrow is not as its manifest says"):
         open_shards(tmp_path / "other").splits["train"][0]
+
+
+def rewrite(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"digest": digest(manifest)}))

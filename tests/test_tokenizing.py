@@ -66,7 +66,7 @@ def test_any_number_of_processes_and_parts_gives_the_same_bytes(make_job: MakeJo
 
 def test_killed_at_any_time_it_redoes_what_was_not_done_and_nothing_else(make_job: MakeJob, tmp_path: Path, corpus_file: Path) -> None:
     large = tmp_path / "large.txt"
-    large.write_text(corpus_file.read_text(encoding="utf-8") * 36, encoding="utf-8")  # 3 pieces of 4 MiB
+    large.write_text(corpus_file.read_text(encoding="utf-8") * 60, encoding="utf-8")  # 5 pieces of 4 MiB
     tokenizer = make_job("x").tokenizer
     arguments = ["scripts/tokenize_corpus.py", "--input", large, "--tokenizer", tokenizer, "--processes", "2", "--output"]
 
@@ -75,9 +75,9 @@ def test_killed_at_any_time_it_redoes_what_was_not_done_and_nothing_else(make_jo
 
     pieces_of_killed = tmp_path / ".killed.partial" / "pieces"
     finished: dict[str, int] = {}
-    for least in (1, 2):
+    for _ in range(2):  # each time one piece is done, or two that end at once
         with start("killed") as process:
-            while len(list(pieces_of_killed.glob("*.json"))) < least:
+            while len(list(pieces_of_killed.glob("*.json"))) <= len(finished):
                 time.sleep(0.01)
                 assert process.poll() is None
             workers = psutil.Process(process.pid).children(recursive=True)
@@ -86,7 +86,7 @@ def test_killed_at_any_time_it_redoes_what_was_not_done_and_nothing_else(make_jo
         for name, modified in finished.items():
             assert (pieces_of_killed / name).stat().st_mtime_ns == modified
         finished = {path.name: path.stat().st_mtime_ns for path in pieces_of_killed.glob("*.json")}
-        assert len(finished) < 3 and not (tmp_path / "killed").exists()
+        assert len(finished) < 5 and not (tmp_path / "killed").exists()
     assert start("killed").wait() == start("undisturbed").wait() == 0
     assert content(tmp_path / "killed").keys() == content(tmp_path / "undisturbed").keys()
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")

@@ -1,0 +1,330 @@
+"""How is an update done on N ranks? The only place that knows Accelerate and DeepSpeed.
+
+The gradient of an update is that of (sum of the masked tokens' losses over the global batch) / (number of masked tokens in it), however
+that batch is dealt over ranks and micro-steps. A mean of means over ranks would weigh a token by how few others its micro-batch has.
+"""
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kantai import UserError
+from kantai.checkpoint import record
+from kantai.cluster import Place
+from kantai.config import Config
+from kantai.data import dropout_seed
+from kantai.engine.backends import DeepSpeedZero, DeepSpeedZero0, Torch
+from kantai.engine.launch import join
+from kantai.masking import IGNORED_LABEL
+from kantai.model import MaskedRoberta, MicroBatch, SavedState, training_flops
+from kantai.optim import MOMENTS, build_optimizer
+
+T = TypeVar("T")
+
+_SECONDS_FOR_GLOO = 0.5
+_NUMBERS = "numbers"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did, over all ranks."""
+
+    loss: float  # nats a masked token
+    accuracy: float
+    grad_norm: float  # before clipping
+    tokens: int
+    flops: int
+    skipped: bool  # for bad numbers: weights and moments are as they were
+    loss_scale: float  # of fp16; else 1
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's share of a state, in host memory. What it knows neither of is backend and world size.
+
+    Attributes:
+        tensors: ``NAME`` and ``NAME/MOMENT`` of parameters, in fp32.
+        numbers: what else a run needs to go on.
+    """
+
+    file_name: str
+    tensors: dict[str, Tensor]
+    numbers: dict[str, float]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on a disk, but for the names."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
+        """Write it, on to the device, and return its name and manifest entry, read back. No collective: any thread may do it."""
+        path = folder / self.file_name
+        save_file(self.tensors, path, metadata={_NUMBERS: json.dumps(self.numbers)})  # one entry: safetensors keeps no order
+        return path.name, record(path)
+
+
+class LossScale:
+    """By what losses of fp16 are multiplied, so that small gradients do not vanish (Micikevicius et al. 2018).
+
+    Halved when a gradient overflows, which costs that update, and doubled after :attr:`PATIENCE` updates without.
+    """
+
+    PATIENCE = 1000
+
+    def __init__(self, precision: str) -> None:
+        self.is_dynamic = precision == "fp16"
+        self.value, self.good_updates = 2.0**14 if self.is_dynamic else 1.0, 0
+
+    def after(self, *, overflowed: bool) -> None:
+        """Take note of an update."""
+        if not self.is_dynamic:
+            return
+        self.good_updates = 0 if overflowed else self.good_updates + 1
+        if overflowed:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_updates % self.PATIENCE == 0:
+            self.value *= 2
+
+
+class Engine:
+    """A model and its optimizer on all ranks, under the backend that the launcher chose."""
+
+    def __init__(self, config: Config, place: Place, model: MaskedRoberta, timeout_seconds: float | None = None) -> None:
+        """Join the other ranks.
+
+        Args:
+            timeout_seconds: after which a collective that not all ranks have come to ends them; None: the backend's default.
+
+        Raises:
+            UserError: the world or the backend is not the one that the launcher announced.
+        """
+        self.config, self.place = config, place
+        self.accelerator = join(place, config.optimizer.max_grad_norm, timeout_seconds)
+        self.shape, self.raw_model = model.config, model
+        model.compute_dtype = _DTYPES[config.training.precision]
+        plugin = self.accelerator.state.deepspeed_plugin
+        stage = plugin and plugin.deepspeed_config["zero_optimization"]["stage"]
+        kind = Torch if stage is None else DeepSpeedZero if stage else DeepSpeedZero0
+        # Where DeepSpeed or DDP move weights, they do so in place: the optimizer may be built before.
+        self.optimizer = build_optimizer(model.to(self.device), config.optimizer)
+        self.backend = kind(self.accelerator, model, self.optimizer, config.optimizer.max_grad_norm)
+        self.model = self.backend.model
+        self.loss_scale = LossScale(config.training.precision)
+        self._host: dict[str, Tensor] = {}
+
+    @property
+    def backend_name(self) -> str:
+        """What the launcher chose."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return (
+            self.accelerator.distributed_type.value
+            if plugin is None
+            else f"DeepSpeed ZeRO-{plugin.deepspeed_config['zero_optimization']['stage']}"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device(self.accelerator.device)
+
+    def update(
+        self,
+        update: int,
+        micro_batches: Sequence[MicroBatch],
+        learning_rate: float,
+        loss_limit: float = math.inf,
+        grad_norm_limit: float = math.inf,
+    ) -> Outcome:
+        """Forward and backward over this rank's micro-batches, then one optimizer step.
+
+        No rank steps where the loss or the gradient norm is not finite or exceeds its limit on any rank.
+
+        Args:
+            update: counted from 0; with the seed it decides dropout.
+            micro_batches: this rank's rows; all ranks bring as many.
+            loss_limit: above which nothing is updated.
+            grad_norm_limit: the same for the gradient norm.
+        """
+        batches = [micro_batch.batch for micro_batch in micro_batches]
+        masked = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
+        tokens, pairs = sum(batch.tokens for batch in batches), sum(batch.attended_pairs for batch in batches)
+        counts = self.sum_over_ranks(torch.tensor([masked, tokens, pairs], dtype=torch.float64))
+        total_masked = max(1.0, counts[0].item())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        sums = torch.zeros(2, device=self.device)
+        for micro_step, micro_batch in enumerate(micro_batches):
+            torch.manual_seed(dropout_seed(self.config.seed, update, micro_step, self.place.rank))
+            with self.backend.accumulating(micro_step == len(micro_batches) - 1):
+                loss_sum, correct = self.model(**micro_batch.on(self.device))
+                # Backends average over ranks.
+                self.backend.backward(loss_sum * (self.place.world_size / total_masked), self.loss_scale.value)
+            sums += torch.stack([loss_sum.detach(), correct])
+        sums = self.sum_over_ranks(sums).double() / total_masked
+        scale, is_good = self.loss_scale.value, sums[0].isfinite() & (sums[0] <= loss_limit)
+        grad_norm, stepped = self.backend.step(is_good, grad_norm_limit, scale)
+        loss, correct, norm, has_stepped = torch.stack([*sums, grad_norm.double(), stepped.double()]).tolist()
+        overflowed = not math.isfinite(norm) and math.isfinite(loss) and scale > 1
+        self.loss_scale.after(overflowed=overflowed)
+        _, tokens, pairs = counts.long().tolist()
+        flops = training_flops(self.shape, tokens, pairs, int(total_masked))
+        return Outcome(loss, correct, norm, tokens, flops, not has_stepped and not overflowed, scale)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of every rank's tensor, on the device; all ranks must call this together."""
+        return torch.as_tensor(self.accelerator.reduce(values.to(self.device), reduction="sum"))
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank: the agreement before every decision that leads to a collective."""
+        return bool(self.sum_over_ranks(torch.tensor(float(flag))).item())
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value of something picklable, on all ranks."""
+        return broadcast_object_list([value])[0] if self.place.world_size > 1 else value
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What an action of rank 0 comes to, on all ranks.
+
+        Raises:
+            UserError: it failed there; so it does everywhere, and nobody waits.
+        """
+        outcome: tuple[T | None, str | None] = (None, None)
+        if self.place.is_main:
+            try:
+                outcome = (action(), None)
+            except (UserError, OSError) as error:
+                outcome = (None, str(error))
+        result, failure = self.from_main(outcome)
+        if failure is not None:
+            raise UserError(failure)
+        return result  # type: ignore[return-value]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every rank's value of something picklable, in the order of the ranks, on all of them."""
+        return list(gather_object([value]))
+
+    def compare_replicas(self) -> None:
+        """Compare the weights that every rank has, bit by bit; under ZeRO-3, the few that are whole everywhere.
+
+        Raises:
+            UserError: some rank's differ.
+        """
+        bits = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in self.raw_model.parameters()]
+        sums = self.from_all((platform.node(), torch.stack(bits).tolist()))
+        usual = statistics.mode(tuple(each) for _, each in sums)
+        others = [f"{rank} ({node})" for rank, (node, each) in enumerate(sums) if tuple(each) != usual]
+        if others:
+            raise UserError(
+                f"rank {', rank '.join(others)} has other weights than the rest: a device may be faulty. "
+                "Leave it out; the same command goes on from the last checkpoint"
+            )
+
+    def wait_for_all(self) -> None:
+        """Return when all ranks have come here."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the other ranks in order."""
+        # Gloo's thread needs the GIL to let go of the last collective's tensors, and torch joins that thread with the GIL held when the
+        # process group goes: a rank that is quick between the two hangs for ever (seen once in some 100 launches). Sleeping lends the GIL.
+        time.sleep(_SECONDS_FOR_GLOO)
+        self.accelerator.end_training()
+
+    def matmul_flops_per_second(self, seconds: float = 0.3) -> float:
+        """Measured rate of square matrix products in the run's precision, all ranks at once, summed over them."""
+        on_gpu = self.device.type == "cuda"
+        size = 8192 if on_gpu else 768
+        left, right = (torch.ones(size, size, dtype=self.raw_model.compute_dtype, device=self.device) for _ in range(2))
+        settle: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
+        left @ right
+        settle()
+        self.wait_for_all()
+        products, start = 0, time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            left @ right
+            products += 1
+            settle()
+        rate = 2.0 * size**3 * products / (time.perf_counter() - start)
+        return self.sum_over_ranks(torch.tensor(rate, dtype=torch.float64)).item()
+
+    def snapshot(self) -> Snapshot:
+        """Copy this rank's share of weights and moments to its host's memory; all ranks together.
+
+        Buffers are used again: an earlier snapshot must have been written.
+        """
+        for number, (name, value) in enumerate(self._state()):
+            if number % self.place.world_size == self.place.rank:
+                if name not in self._host:
+                    self._host[name] = torch.empty(value.shape, pin_memory=value.is_cuda)
+                self._host[name].copy_(value, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        name = f"state-{self.place.rank:05d}-of-{self.place.world_size:05d}.safetensors"
+        return Snapshot(name, self._host, self._numbers())
+
+    def save_state(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write all ranks' snapshots, and return their manifest entries."""
+        return dict(self.from_all(self.snapshot().write(folder)))
+
+    def load_state(self, folder: Path) -> None:
+        """Take up what :meth:`save_state` wrote, whatever the backend and world size were.
+
+        Raises:
+            UserError: a tensor is missing, is one too many, or has another shape.
+        """
+        saved = SavedState(folder)
+        saved.refuse_others(
+            {_entry(part.name, key): part.shape for held in self.optimizer.held for part in held.parts for key in ("", *MOMENTS[held.kind])}
+        )
+        try:
+            numbers = json.loads(saved.metadata[_NUMBERS])
+            steps, scale, good_updates = float(numbers["steps"]), float(numbers["loss_scale"]), int(numbers["good_updates"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            raise UserError(f"{folder} lacks the numbers that a run goes on with: it is no checkpoint of kantai's") from None
+        self.loss_scale.value, self.loss_scale.good_updates = scale, good_updates
+        with torch.no_grad():
+            for held in self.optimizer.held:
+                moments = self.optimizer.moments(held)
+                for part in held.parts:
+                    for key, tensor in (("", held.tensor), *moments.items()):
+                        name = _entry(part.name, key)
+                        whole = saved[name]
+                        tensor.view(-1)[part.offset : part.offset + part.numel] = whole.flatten()[part.start : part.start + part.numel]
+                        if not key:
+                            self.backend.set_weight(name, whole)
+        self.optimizer.set_steps(steps)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight and moment, whole, by its name in a checkpoint; a collective under ZeRO."""
+        for held in self.optimizer.held:
+            for key, tensor in (("", held.tensor), *self.optimizer.moments(held).items()):
+                for part, whole in self.optimizer.whole(held, tensor.detach()):
+                    yield _entry(part.name, key), whole
+
+    def _numbers(self) -> dict[str, float]:
+        """Steps that AdamW has taken, which are fewer than the updates where some were skipped, and the loss scale."""
+        steps = next(state["step"] for state in self.optimizer.state.values() if "step" in state)
+        return {"steps": steps.item(), "loss_scale": self.loss_scale.value, "good_updates": self.loss_scale.good_updates}
+
+
+def _entry(name: str, key: str) -> str:
+    """What a parameter's weight (key "") or moment is called in a checkpoint."""
+    return f"{name}/{key}" if key else name

@@ -1,0 +1,69 @@
+"""Several runs of scripts/pretrain.py in one launch: most of a short run's time goes into imports and joining.
+
+accelerate launch ... tests/several.py JOBS.json, where that is a list of {"run_dir", "arguments", "poisoned", "source", "until"}.
+In a poisoned run, the last rank's loss is NaN at those calls of Engine.update. Where there is a source, the run goes on from what that run directory was
+after so many updates.
+"""
+
+import itertools
+import json
+import runpy
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kantai.checkpoint import CheckpointStore
+from kantai.cluster import Place
+from kantai.engine import Engine, Outcome
+from kantai.model import MicroBatch
+
+ROOT = Path(__file__).parent.parent
+place = Place.from_environment()
+close, update = Engine.close, Engine.update
+
+
+def poisoned(calls: list[int]) -> Any:
+    count = itertools.count()
+
+    def update_poisoned(self: Engine, number: int, micro_batches: Sequence[MicroBatch], *rest: Any) -> Outcome:
+        hooked = next(count) in calls and place.rank == place.world_size - 1
+        hook = (
+            self.raw_model.register_forward_hook(lambda *all_of_it: (all_of_it[-1][0] * float("nan"), all_of_it[-1][1])) if hooked else None
+        )
+        outcome = update(self, number, micro_batches, *rest)
+        if hook is not None:
+            hook.remove()
+        return outcome
+
+    return update_poisoned
+
+
+def copy(source: Path, until: int, target: Path) -> None:
+    """Have rank 0 copy a run directory, without its later checkpoints."""
+    if not place.is_main:
+        while not target.exists():
+            time.sleep(0.01)
+        return
+    copied = target.with_suffix(".copy")
+    shutil.copytree(source, copied)
+    for update in CheckpointStore(copied).updates():
+        if update > until:
+            shutil.rmtree(CheckpointStore(copied).path(update))
+    copied.rename(target)
+
+
+Engine.close = lambda self: None  # type: ignore[method-assign]  # the process group serves the next run
+for job in json.loads(Path(sys.argv[1]).read_text()):
+    Engine.update = poisoned(job["poisoned"])  # type: ignore[method-assign]
+    if job["source"] is not None:
+        copy(Path(job["source"]), job["until"], Path(job["run_dir"]))
+    sys.argv = ["pretrain.py", *job["arguments"], f"--run_dir={job['run_dir']}"]
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+Engine.close = close  # type: ignore[method-assign]

@@ -1,0 +1,42 @@
+"""Prove on your own machines, with your own config, that the promises hold there: a table, and a certificate.
+
+accelerate launch --config_file configs/accelerate/zero2.yaml --num_processes 4 scripts/verify.py --config configs/roberta-base.yaml
+
+Loss and gradient norm of some updates are compared over ranks, gradient accumulation, micro-batch sizes, this backend and plain DDP, saving
+and resuming; the data stream with what it must be; the exported model with the trained one. Dropout is off, and batches are small.
+Exit code 1 when a promise does not hold.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kantai import UserError, run_command
+from kantai.cluster import Place
+from kantai.config import load_config
+from kantai.data import open_data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the run; any key in it can be overridden by --section.key=value")
+    parser.add_argument("--updates", type=int, default=3, help="updates of each comparison (default 3)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("certificate.json"), help="the certificate, in a folder that all nodes see (default here)"
+    )
+    arguments, overrides = parser.parse_known_args()
+    if arguments.updates < 1:
+        raise UserError(f"--updates {arguments.updates}: must be at least 1")
+    output = arguments.output.absolute()
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    place = Place.from_environment()
+    config = load_config(arguments.config, overrides)
+    data = open_data(config, hashes=place.is_main)
+    from kantai.verify import certify  # imports torch, which bad input need not wait for
+
+    sys.exit(0 if certify(config, place, data, arguments.updates, output) else 1)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -18,7 +18,7 @@ FLOORS = (
     ("rundir", "engine", "evaluate", "ledger"),
     ("saving", "export"),
     ("train",),
-    ("verify",),
+    ("verify", "chaos"),
 )
 # A module may be a folder, whose files import each other.
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

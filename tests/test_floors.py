@@ -16,7 +16,7 @@ FLOORS = (
     ("metrics", "corpus", "sample", "starter", "tokenizer", "shards", "order", "batches", "masking"),
     ("data", "model", "optim", "tokenizing"),
     ("rundir", "engine", "evaluate", "ledger"),
-    ("saving", "export"),
+    ("saving", "export", "preflight"),
     ("train",),
     ("verify", "chaos"),
 )

@@ -1,6 +1,6 @@
-"""What would a corpus of any size cost? docs/scale.md, computed by the real code on a manifest that is made up.
+"""What would a corpus of any size cost? Computed by the real code on a manifest that is made up: the first section of docs/scale.md.
 
-python benchmarks/scale.py --tokens 1e12 > docs/scale.md
+python benchmarks/scale.py --tokens 1e12
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def page(tokens: int) -> str:
-    """The text of docs/scale.md."""
+    """The section of docs/scale.md."""
     files = [File(f"s3://corpus/{number:06d}.jsonl", FILE_BYTES, "") for number in range(int(tokens * TEXT_BYTES_PER_TOKEN / FILE_BYTES))]
     start = time.perf_counter()
     pieces = cut(files, splittable=lambda file: True)
@@ -127,7 +127,7 @@ def no_file(*_: object) -> Any:
 
 
 TEMPLATE = """\
-# Scale: a corpus of {tokens} tokens on paper
+## A corpus of {tokens} tokens on paper
 
 Made by `python benchmarks/scale.py`: the real code that plans, opens and shuffles, on a manifest that is made up. No file is read.
 

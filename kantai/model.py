@@ -9,7 +9,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, RobertaConfig, RobertaForMaskedLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
@@ -44,7 +43,7 @@ class _LastLayer(RobertaLayer):
         if attention_mask is not None and attention_mask.shape[2] > 1:  # [rows, 1, length, length]
             attention_mask = _pick(attention_mask[:, 0], masked_positions)[:, None]
         dropout = attention.dropout.p if self.training else 0.0
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=attention.scaling)
+        seen = _attend(query, key, value, attention_mask, dropout=dropout, scale=attention.scaling)
         return self.feed_forward_chunk(self.attention.output(seen.transpose(1, 2).flatten(2), picked))  # type: ignore[no-any-return]
 
 
@@ -128,6 +127,16 @@ def _pick(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float) -> Tensor:
+    """Attention of [rows, heads, looking, head size] on [rows, heads, length, head size], where the mask is true."""
+    if query.is_cpu and query.dtype != torch.float32:  # PyTorch's flash kernel takes twice to five times as long there as plain products
+        scores = query @ key.mT * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return nn.functional.dropout(scores.softmax(-1), dropout) @ value
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+
+
 def _sdpa_or_varlen(
     module: nn.Module,
     query: Tensor,
@@ -135,16 +144,18 @@ def _sdpa_or_varlen(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    scaling: float,
+    dropout: float = 0.0,
     document_starts: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: [rows, heads, length, head size] in, [rows, length, heads, head size] out.
 
     Args:
-        document_starts: see :meth:`MaskedRoberta.forward`; None: stock attention.
+        document_starts: see :meth:`MaskedRoberta.forward`; None: all of a row is seen where the mask is true.
     """
     if document_starts is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return _attend(query, key, value, attention_mask, dropout=dropout, scale=scaling).transpose(1, 2), None
     rows, _, length, _ = query.shape
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     # A row's length for the longest document's, which only the device knows.

@@ -53,10 +53,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(KANT.encode()[:2000], announced=5000)
         elif self.path == "/drip.txt":
             self.answer(b"", announced=5000)
-            self.drip(b"x" * 200)
+            self.drip(b"x" * 2000)
         elif self.path == "/drip_header.txt":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
-            self.drip(b"x" * 200)
+            self.drip(b"x" * 2000)
         elif self.path in PAGES:
             self.answer(PAGES[self.path])
         else:
@@ -144,7 +144,7 @@ def test_deadline_holds_against_a_server_that_drips(server: str, page: str) -> N
     start = time.monotonic()
     with pytest.raises(FetchError, match=f"/{page}.txt"):
         fetch([[f"{server}/{page}.txt"]], BOUNDS, timeout_seconds=0.3)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 10  # of the 40 that it takes
 
 
 def test_every_failed_source_is_listed(server: str, nobody: str) -> None:

@@ -159,7 +159,7 @@ def test_a_rank_that_dies_ends_all(data_arguments: list[str], tmp_path: Path) ->
 
 def test_a_rank_that_hangs_ends_all_and_every_rank_says_where_it_was(data_arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with endless("cpu", run, *data_arguments, "--failures.hang_seconds=3") as process:
+    with endless("cpu", run, *data_arguments, "--failures.hang_seconds=9") as process:
         ranks = [each for each in psutil.Process(process.pid).children(recursive=True) if "scripts/pretrain.py" in each.cmdline()]
         ranks[-1].suspend()
         process.communicate(timeout=60)

@@ -1,5 +1,7 @@
 """How does a rank join the others? The world that the launcher announced, or an error."""
 
+import contextlib
+import ctypes
 import os
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,8 @@ from kantai.cluster import Place
 # backward pass is over, through buffers of 2 GB.
 _BUCKET = 25_000_000
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
 
 def join(place: Place, max_grad_norm: float, timeout_seconds: float | None = None) -> Accelerator:
     """The accelerator of this rank.
@@ -26,6 +30,8 @@ def join(place: Place, max_grad_norm: float, timeout_seconds: float | None = Non
         UserError: the world, the backend or DeepSpeed's precision is not what was asked for.
     """
     on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        _keep_memory()
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if deepspeed_announced():
         _quiet_deepspeed(on_cpu)
@@ -65,6 +71,17 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
     zero.setdefault("reduce_bucket_size", _BUCKET)
     if zero["stage"] == 2 and zero.get("overlap_comm") is None:
         zero["overlap_comm"] = True
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what tensors free, for the next ones.
+
+    It gives large blocks back at once, and the kernel fills every page with zeros when it is asked for them again: a fifth of an update.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _quiet_deepspeed(on_cpu: bool) -> None:

@@ -37,10 +37,11 @@ from kantai.tokenizer import Vocabulary
 
 SIDES = {
     "kantai": "kantai: scripts/pretrain.py",
+    "eager": "the same without training.compile",
     "tutorial": "the tutorial's script: Trainer, 64 lines padded to the longest",
     "grouped": "Trainer at its best on 64 lines, of like length",
     "packed": "Trainer on full sequences, as run_mlm.py makes them",
-    "compiled": "the same with torch_compile",
+    "compiled": "Trainer on full sequences with torch_compile",
 }
 LINES = 64  # a batch of the tutorial's
 ROUNDS = 3
@@ -136,9 +137,9 @@ def gpu_cases(data: list[str]) -> list[Case]:
     for name, rate in (("roberta-base", {"tokens_per_second": 800_000.0}), ("roberta-large", {})):
         config = ROOT / "configs" / f"{name}.yaml"
         rows = 4 * load_config(config).batch.micro_batch_size
-        settings = [*data, "--model.vocab_size=50304", f"--batch.global_batch_size={rows}"]
+        settings = [*data, "--model.vocab_size=50304", f"--batch.global_batch_size={rows}", "--training.compile=true"]
         goals = {**rate, "packed": 3.0, "compiled": 3.0, "machine": 0.6, "first_update_seconds": 60.0}
-        found.append(Case(name, config, settings, ("kantai", "packed", "compiled"), (5, 15, 25, 35), goals))
+        found.append(Case(name, config, settings, ("kantai", "eager", "packed", "compiled"), (5, 15, 25, 35), goals))
     return found
 
 
@@ -183,8 +184,8 @@ def run_rounds(folder: Path, cases: list[Case], rounds: int, end: float) -> None
 def run_side(folder: Path, case: Case, side: str, number: int) -> Found:
     """Run one of the sides once."""
     settings = [*case.settings, f"--seed={number}", f"--training.precision={case.precision}"]
-    if side == "kantai":
-        return kantai(folder / "run", case, settings)
+    if side in ("kantai", "eager"):
+        return kantai(folder / "run", case, [*settings, *(["--training.compile=false"] if side == "eager" else [])])
     began = time.time()
     logged = in_process(folder, case, side, settings)
     return Found(logged["tokens_per_second"], logged["first_update_time"] - began)

@@ -150,6 +150,12 @@ class Training(Section):
         "fp32",
         description="arithmetic of matrix products; weights, moments and gradients are fp32 throughout, and fp16 has its losses scaled",
     )
+    compile: bool = Field(
+        False,
+        description="have torch.compile fuse what lies between a layer's matrix products: some seconds at the first start, kept for later "
+        "ones; not done under ZeRO-3",
+        json_schema_extra=MAY_CHANGE,
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "Training":

@@ -40,6 +40,7 @@ def held_out_score(
     rank: int,
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score a model; every rank takes its rows of every step, and all get the same score.
 
@@ -47,6 +48,7 @@ def held_out_score(
         batches, steps: see :meth:`kantai.data.Data.held_out_batches`.
         device: of the model.
         sum_over_ranks: adds a tensor over all ranks.
+        after_batch: is called after each of them.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -55,6 +57,7 @@ def held_out_score(
             batch = batches.micro_batch(step, micro_step, rank)
             loss_sum, correct = model(**MicroBatch(batch).on(device))
             sums += torch.tensor([loss_sum.item(), correct.item(), float((batch.labels != IGNORED_LABEL).sum())], dtype=torch.float64)
+            after_batch()
     loss_sum, correct, masked = sum_over_ranks(sums).tolist()
     return Score(loss_sum / max(1.0, masked), correct / max(1.0, masked), int(masked))
 
@@ -76,7 +79,8 @@ def fill_masks(
         if vocabulary.mask_id not in ids:
             answers.append([])
             continue
-        logits = model(torch.tensor([ids], device=device)).logits[0, ids.index(vocabulary.mask_id), : vocabulary.size]
+        with torch.compiler.set_stance("force_eager"):  # each prompt has its own length, which is not worth compiling for
+            logits = model(torch.tensor([ids], device=device)).logits[0, ids.index(vocabulary.mask_id), : vocabulary.size]
         best = logits.float().softmax(0).topk(top_k)
         words = [vocabulary.tokenizer.decode([token], skip_special_tokens=False).strip() for token in best.indices.tolist()]
         answers.append(list(zip(words, best.values.tolist(), strict=True)))

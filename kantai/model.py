@@ -101,6 +101,14 @@ class MaskedRoberta(RobertaForMaskedLM):
         loss_sum = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
         return loss_sum, (logits.detach().argmax(1) == labels).sum().float()
 
+    def compile_parts(self) -> None:
+        """Have the layers and the head compiled at their first call.
+
+        One by one: all layers but the last share what is compiled, and gradients of one go out while another's are computed.
+        """
+        for part in (*self.roberta.encoder.layer, self.lm_head):
+            part.compile()
+
     def _isolated(self, starts: Tensor, rows: int, length: int) -> dict[str, Tensor]:
         """The stock forward's arguments under which attention and position ids stop at document ends. Never waits for the device."""
         places = torch.arange(rows * length, dtype=starts.dtype, device=starts.device)

@@ -2,6 +2,8 @@
 
 import runpy
 import sys
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from kantai.batches import Batches
 from kantai.cluster import Place
 from kantai.engine import Engine
-from kantai.engine.backends import Torch
+from kantai.engine.backends import DeepSpeedZero, Torch
 
 place = Place.from_environment()
 is_last = place.rank == place.world_size - 1
@@ -28,8 +30,13 @@ def mean_of_means() -> None:
 
 def dropped_rank() -> None:
     """One rank's gradients do not arrive."""
-    real = Torch.backward
-    Torch.backward = lambda self, loss, scale: real(self, loss * (not is_last), scale)  # type: ignore[method-assign]
+
+    def drop(kind: type[Torch]) -> None:
+        real = kind.backward
+        kind.backward = lambda self, loss, scale: real(self, loss * (not is_last), scale)  # type: ignore[method-assign]
+
+    drop(Torch)
+    drop(DeepSpeedZero)
 
 
 def dropped_micro_step() -> None:
@@ -86,6 +93,60 @@ def bad_gradient() -> None:
         return real(self, *rest)
 
     Torch.step = spoiling  # type: ignore[method-assign]
+
+
+def third_engine_refused() -> None:
+    """No fault but a limit: there is memory for two engines at once."""
+    real, alive = Engine.__init__, weakref.WeakSet[Any]()
+
+    def counting(self: Engine, *rest: Any) -> None:
+        assert len(alive) < 2, "a third engine"
+        real(self, *rest)
+        alive.add(self.optimizer.held[0].tensor)  # whoever holds it
+
+    Engine.__init__ = counting  # type: ignore[method-assign]
+
+
+def bad_gradient_and_stop() -> None:
+    """The same, and at that moment the run is asked to stop."""
+    bad_gradient()
+    real = Torch.step
+    calls = []
+    (run,) = (Path(argument.removeprefix("--run_dir=")) for argument in sys.argv if argument.startswith("--run_dir="))
+
+    def asking(self: Torch, *rest: Any) -> Any:
+        calls.append(0)
+        if place.is_main and len(calls) == 4:
+            (run / "STOP").touch()
+        return real(self, *rest)
+
+    Torch.step = asking  # type: ignore[method-assign]
+
+
+def exploding_loss() -> None:
+    """One rank's loss is a thousand times what it is, at the 104th update."""
+    real = Engine.update
+
+    def exploding(self: Engine, update: int, *rest: Any) -> Any:
+        factor = 1000.0 if is_last and update == 103 else 1.0
+        hook = self.raw_model.register_forward_hook(lambda *call: (call[-1][0] * factor, call[-1][1]))
+        outcome = real(self, update, *rest)
+        hook.remove()
+        return outcome
+
+    Engine.update = exploding  # type: ignore[method-assign]
+
+
+def hanging_rank() -> None:
+    """One rank never comes to its fourth update."""
+    real = Engine.update
+
+    def hanging(self: Engine, update: int, *rest: Any) -> Any:
+        while is_last and update == 3:
+            time.sleep(1)
+        return real(self, update, *rest)
+
+    Engine.update = hanging  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 accelerate launch ... tests/several.py JOBS.json, where that is a list of {"run_dir", "arguments", "poisoned", "source", "until"}.
 In a poisoned run, the last rank's loss is NaN at those calls of Engine.update. Where there is a source, the run goes on from what that run directory was
-after so many updates.
+after so many updates. What only large or long runs come across comes soon: collectives for some parameters at a time, and changes of fp16's loss scale.
 """
 
 import itertools
@@ -15,14 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kantai import optim
 from kantai.checkpoint import CheckpointStore
 from kantai.cluster import Place
-from kantai.engine import Engine, Outcome
+from kantai.engine import Engine, LossScale, Outcome
 from kantai.model import MicroBatch
 
 ROOT = Path(__file__).parent.parent
 place = Place.from_environment()
 close, update = Engine.close, Engine.update
+last: list[Engine] = []
+optim._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
 
 
 def poisoned(calls: list[int]) -> Any:
@@ -55,7 +58,13 @@ def copy(source: Path, until: int, target: Path) -> None:
     copied.rename(target)
 
 
-Engine.close = lambda self: None  # type: ignore[method-assign]  # the process group serves the next run
+def leave_open(self: Engine) -> None:
+    """The process group serves the next run."""
+    assert self.raw_model.lm_head.decoder.weight is self.raw_model.roberta.embeddings.word_embeddings.weight
+    last[:] = [self]
+
+
+Engine.close = leave_open  # type: ignore[method-assign]
 for job in json.loads(Path(sys.argv[1]).read_text()):
     Engine.update = poisoned(job["poisoned"])  # type: ignore[method-assign]
     if job["source"] is not None:
@@ -66,4 +75,4 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     except SystemExit as stop:
         if stop.code:
             raise
-Engine.close = close  # type: ignore[method-assign]
+close(last[0])

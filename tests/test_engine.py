@@ -1,6 +1,10 @@
 """What one rank does with an update and a checkpoint; tests/test_backends.py has the ranks."""
 
+import dataclasses
+import errno
 import math
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,9 @@ from kantai import UserError
 from kantai.cluster import Place
 from kantai.config import load_config
 from kantai.data import open_data
-from kantai.engine import Engine, LossScale, Outcome
+from kantai.engine import Engine, LossScale, Outcome, Snapshot
 from kantai.engine.launch import complete
-from kantai.model import MicroBatch, build_model
+from kantai.model import MicroBatch, SavedState, build_model
 
 
 class Run:
@@ -99,6 +103,97 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(star
         assert same(run.weights(), before)
 
 
+def test_a_watchdog_hears_of_every_micro_step(start: Callable[..., Run]) -> None:
+    run, heard = start("--batch.micro_batch_size=2"), list[int]()
+    run.engine.still_alive = lambda: heard.append(0)
+    run.update(0)
+    assert len(heard) == 5
+
+
+def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read = start(), list[str]()
+    run.engine.save_state(tmp_path)
+    first, *others = run.engine.optimizer.held
+    (part,) = first.parts
+    run.engine.optimizer.held = [dataclasses.replace(first, parts=[dataclasses.replace(part, numel=0)]), *others]
+    real = SavedState.__getitem__
+    monkeypatch.setattr(SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    run.engine.load_state(tmp_path)
+    assert part.name in read  # the model has it whole
+    assert [name for name in read if name.startswith(f"{part.name}/")] == []
+    assert f"{others[0].parts[0].name}/exp_avg" in read
+
+
+@pytest.mark.parametrize(
+    ("copies", "found"),
+    [
+        ([1, 2, 1], "rank 1 (NODE) has other weights than the rest: a device may be faulty"),
+        ([1, 2], "rank 0 (NODE), rank 1 (NODE) differ in their weights, and none has most ranks on its side"),
+        ([1, 1, 2, 2], "rank 0 (NODE), rank 1 (NODE), rank 2 (NODE), rank 3 (NODE) differ in their weights"),
+    ],
+)
+def test_a_rank_with_other_weights_is_named(
+    copies: list[int], found: str, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start().engine
+    engine.compare_replicas()
+    monkeypatch.setattr(engine, "from_all", lambda own: [(own[0], [copy]) for copy in copies])
+    with pytest.raises(UserError) as error:
+        engine.compare_replicas()
+    assert str(error.value).startswith(found.replace("NODE", platform.node()))
+
+
+def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.tensor([[math.nan, -0.0]]), "b": torch.tensor(1.0)}
+    snapshot = Snapshot("state", tensors, {"steps": 1.0})
+    name, entry = snapshot.write(tmp_path)
+    assert (name, entry["bytes"]) == ("state", (tmp_path / "state").stat().st_size)
+
+    def faulty(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file({**tensors, "b": (tensors["b"].view(torch.int32) ^ 1).view(torch.float32)}, path, metadata)
+
+    monkeypatch.setattr("kantai.engine.save_file", faulty)
+    with pytest.raises(OSError, match=r"/state has another b than was written"):
+        snapshot.write(tmp_path)
+
+
+def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a quota does, and a disk that others fill."""
+    snapshot = Snapshot("state", {f"tensor-{number}-{'x' * 100}": torch.zeros(3, 4) for number in range(50)}, {"steps": 1.0})
+    asked: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _, start, size: asked.append(start + size))
+    _, entry = snapshot.write(tmp_path)
+    assert entry["bytes"] <= asked[0] <= entry["bytes"] + 50 * 1024
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr("kantai.engine.save_file", lambda *_, **__: pytest.fail("was written"))
+    with pytest.raises(OSError, match="quota exceeded"):
+        snapshot.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_optimization.zero_hpz_partition_size"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio",
+        ),
+    ],
+)
+def test_a_deepspeed_file_may_say_only_what_is_known_to_be_harmless(config: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=f"sets {name}, which is not known to leave the result as it is"):
+        complete({"zero_optimization": {"stage": 2}, **config}, 1.0)
+
+
 def test_a_deepspeed_file_may_not_decide_the_precision_or_hide_the_state() -> None:
     with pytest.raises(UserError, match="enables bf16: leave that out"):
         complete({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, 1.0)
@@ -107,3 +202,5 @@ def test_a_deepspeed_file_may_not_decide_the_precision_or_hide_the_state() -> No
     config: dict[str, Any] = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "bf16": {"enabled": "auto"}}
     complete(config, 0.5)
     assert (config["gradient_clipping"], config["zero_optimization"]["overlap_comm"]) == (0.5, False)
+    assert not config["timers"]["throughput"]["enabled"]  # which would wait for the device at every update
+    complete(config, 0.5)  # as for another engine of the process

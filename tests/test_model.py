@@ -53,6 +53,35 @@ def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Con
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
 
 
+@torch.no_grad()
+def test_in_bf16_attention_is_what_it_is_in_fp32_but_for_rounding(config: Config) -> None:
+    """On CPU it is computed in another way there."""
+    model, batch = model_and_batch(config)
+    inputs = MicroBatch(batch).inputs
+    exact = model(**inputs)[0]
+    model.compute_dtype = torch.bfloat16
+    rounded = model(**inputs)[0]
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-3)
+    if "attention_mask" in inputs:
+        behind_padding = inputs["input_ids"].where(inputs["attention_mask"].bool(), 7)
+        assert model(**{**inputs, "input_ids": behind_padding})[0] == rounded
+
+
+@pytest.mark.filterwarnings("ignore")  # of what PyTorch does
+@pytest.mark.parametrize("config", ["padded"], indirect=True)
+def test_compiled_parts_compute_the_same(config: Config) -> None:
+    compiled, batch = model_and_batch(config)
+    plain, _ = model_and_batch(config)
+    compiled.compile_parts()
+    inputs = MicroBatch(batch).inputs
+    losses = [model(**inputs)[0] for model in (plain, compiled)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for (name, ours), (_, theirs) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4), name
+
+
 def test_padding_changes_nothing(config: Config) -> None:
     model, batch = model_and_batch(config)
     inputs = MicroBatch(batch).inputs

@@ -7,8 +7,9 @@ import torch
 from commands import CONFIG
 from torch import Tensor, nn
 
+from kantai import optim
 from kantai.config import Config, load_config
-from kantai.optim import build_optimizer, learning_rate
+from kantai.optim import Held, Part, build_optimizer, learning_rate
 
 UPDATES = 4
 
@@ -77,6 +78,27 @@ def test_muon_moves_hidden_matrices_as_pytorchs_does_and_the_rest_by_adamw() -> 
         # PyTorch iterates in bf16; its steps differ from ours by that.
         off = (value - expected[name]).norm() / (expected[name] - start[name]).norm()
         assert off < (0.02 if name in ours else 1e-5), name
+
+
+def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five parameters laid end to end, cut in two in the middle of the third, in buckets of 100 elements or more."""
+    monkeypatch.setattr(optim, "_BUCKET_ELEMENTS", 100)
+    shapes = [(8, 10), (30,), (7, 9), (110,), (2, 3)]
+    wholes = [torch.randn(shape) for shape in shapes]
+    flat, cut = torch.cat([whole.flatten() for whole in wholes]), 80 + 30 + 31
+    optimizer, buckets, sums = build_optimizer(Tiny(), load().optimizer), list[int](), []
+    optimizer.sum_over_ranks = lambda values: buckets.append(values.numel()) or values
+    for first, last in ((0, cut), (cut, flat.numel())):
+        parts, begin = [], 0
+        for name, whole in enumerate(wholes):
+            start, end = (min(max(place, begin), begin + whole.numel()) for place in (first, last))
+            parts.append(Part(str(name), tuple(whole.shape), start - begin, start - first if end > start else 0, end - start))
+            begin += whole.numel()
+        values = flat[first:last]
+        sums.append(list(optimizer.whole(Held(values, "adamw", parts), values)))
+    assert buckets == 2 * [110, 173, 6]
+    for whole, (part, one), (_, other) in zip(wholes, *sums, strict=True):
+        assert torch.equal(one + other, whole), part
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

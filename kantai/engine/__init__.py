@@ -4,8 +4,10 @@ The gradient of an update is that of (sum of the masked tokens' losses over the 
 that batch is dealt over ranks and micro-steps. A mean of means over ranks would weigh a token by how few others its micro-batch has.
 """
 
+import errno
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +37,7 @@ T = TypeVar("T")
 
 _SECONDS_FOR_GLOO = 0.5
 _NUMBERS = "numbers"
+_MOST_HEADER_BYTES = 512  # of a tensor: its name, shape and place
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,10 +78,31 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
-        """Write it, on to the device, and return its name and manifest entry, read back. No collective: any thread may do it."""
+        """Write it, on to the device, and return its name and manifest entry, read back. No collective: any thread may do it.
+
+        Raises:
+            OSError: there is no room, which shows before anything is written; or what is read back is not what was to be written.
+        """
         path = folder / self.file_name
+        self._refuse_lack_of_room(path)
         save_file(self.tensors, path, metadata={_NUMBERS: json.dumps(self.numbers)})  # one entry: safetensors keeps no order
-        return path.name, record(path)
+        entry = record(path)
+        with safe_open(path, framework="pt") as file:
+            for name, tensor in self.tensors.items():
+                if not torch.equal(file.get_tensor(name).view(torch.int32), tensor.view(torch.int32)):  # bits: NaN is not NaN
+                    raise OSError(f"{path} has another {name} than was written: the disk or the memory is faulty")
+        return path.name, entry
+
+    def _refuse_lack_of_room(self, path: Path) -> None:
+        """Have the file system set the file's size aside, quotas and all, and let go: safetensors writes under another name first."""
+        with path.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, self.size_bytes + _MOST_HEADER_BYTES * (1 + len(self.tensors)))
+            except (AttributeError, OSError) as error:  # not every system can
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
+            finally:
+                path.unlink()
 
 
 class LossScale:
@@ -104,7 +129,12 @@ class LossScale:
 
 
 class Engine:
-    """A model and its optimizer on all ranks, under the backend that the launcher chose."""
+    """A model and its optimizer on all ranks, under the backend that the launcher chose.
+
+    Attributes:
+        still_alive: called at every micro-step, for a watchdog.
+        zero_stage: DeepSpeed's; None without DeepSpeed.
+    """
 
     def __init__(self, config: Config, place: Place, model: MaskedRoberta, timeout_seconds: float | None = None) -> None:
         """Join the other ranks.
@@ -120,24 +150,28 @@ class Engine:
         self.shape, self.raw_model = model.config, model
         model.compute_dtype = _DTYPES[config.training.precision]
         plugin = self.accelerator.state.deepspeed_plugin
-        stage = plugin and plugin.deepspeed_config["zero_optimization"]["stage"]
-        kind = Torch if stage is None else DeepSpeedZero if stage else DeepSpeedZero0
+        self.zero_stage: int | None = plugin and plugin.deepspeed_config["zero_optimization"]["stage"]
+        if config.training.compile and self.zero_stage != 3:  # whose hooks gather and drop weights around every module
+            model.compile_parts()
         # Where DeepSpeed or DDP move weights, they do so in place: the optimizer may be built before.
         self.optimizer = build_optimizer(model.to(self.device), config.optimizer)
-        self.backend = kind(self.accelerator, model, self.optimizer, config.optimizer.max_grad_norm)
+        parts = (self.accelerator, model, self.optimizer, config.optimizer.max_grad_norm)
+        self.backend = (
+            Torch(*parts)
+            if self.zero_stage is None
+            else DeepSpeedZero(*parts, is_stage_3=self.zero_stage == 3)
+            if self.zero_stage
+            else DeepSpeedZero0(*parts)
+        )
         self.model = self.backend.model
         self.loss_scale = LossScale(config.training.precision)
+        self.still_alive: Callable[[], None] = lambda: None
         self._host: dict[str, Tensor] = {}
 
     @property
     def backend_name(self) -> str:
         """What the launcher chose."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return (
-            self.accelerator.distributed_type.value
-            if plugin is None
-            else f"DeepSpeed ZeRO-{plugin.deepspeed_config['zero_optimization']['stage']}"
-        )
+        return self.accelerator.distributed_type.value if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +212,7 @@ class Engine:
                 # Backends average over ranks.
                 self.backend.backward(loss_sum * (self.place.world_size / total_masked), self.loss_scale.value)
             sums += torch.stack([loss_sum.detach(), correct])
+            self.still_alive()
         sums = self.sum_over_ranks(sums).double() / total_masked
         scale, is_good = self.loss_scale.value, sums[0].isfinite() & (sums[0] <= loss_limit)
         grad_norm, stepped = self.backend.step(is_good, grad_norm_limit, scale)
@@ -191,10 +226,6 @@ class Engine:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
         return torch.as_tensor(self.accelerator.reduce(values.to(self.device), reduction="sum"))
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank: the agreement before every decision that leads to a collective."""
-        return bool(self.sum_over_ranks(torch.tensor(float(flag))).item())
 
     def from_main(self, value: T) -> T:
         """Rank 0's value of something picklable, on all ranks."""
@@ -229,13 +260,16 @@ class Engine:
         """
         bits = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in self.raw_model.parameters()]
         sums = self.from_all((platform.node(), torch.stack(bits).tolist()))
-        usual = statistics.mode(tuple(each) for _, each in sums)
-        others = [f"{rank} ({node})" for rank, (node, each) in enumerate(sums) if tuple(each) != usual]
-        if others:
-            raise UserError(
-                f"rank {', rank '.join(others)} has other weights than the rest: a device may be faulty. "
-                "Leave it out; the same command goes on from the last checkpoint"
-            )
+        copies = [tuple(each) for _, each in sums]
+        usual = statistics.mode(copies)
+        if all(copy == usual for copy in copies):
+            return
+        has_majority = 2 * copies.count(usual) > len(copies)
+        suspects = [f"rank {rank} ({node})" for rank, (node, _) in enumerate(sums) if not has_majority or copies[rank] != usual]
+        found = "has other weights than the rest" if has_majority else "differ in their weights, and none has most ranks on its side"
+        raise UserError(
+            f"{', '.join(suspects)} {found}: a device may be faulty. Leave it out; the same command goes on from the last checkpoint"
+        )
 
     def wait_for_all(self) -> None:
         """Return when all ranks have come here."""
@@ -247,6 +281,11 @@ class Engine:
         # process group goes: a rank that is quick between the two hangs for ever (seen once in some 100 launches). Sleeping lends the GIL.
         time.sleep(_SECONDS_FOR_GLOO)
         self.accelerator.end_training()
+
+    def release(self) -> None:
+        """Have the libraries let go of model and optimizer, for another engine to have the room; this one is done with."""
+        self.accelerator.free_memory()
+        self.backend.release()
 
     def matmul_flops_per_second(self, seconds: float = 0.3) -> float:
         """Measured rate of square matrix products in the run's precision, all ranks at once, summed over them."""
@@ -305,6 +344,8 @@ class Engine:
                 moments = self.optimizer.moments(held)
                 for part in held.parts:
                     for key, tensor in (("", held.tensor), *moments.items()):
+                        if key and not part.numel:  # another rank's
+                            continue
                         name = _entry(part.name, key)
                         whole = saved[name]
                         tensor.view(-1)[part.offset : part.offset + part.numel] = whole.flatten()[part.start : part.start + part.numel]

@@ -56,6 +56,10 @@ class Torch:
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Let the model have a weight that the optimizer was given: here, its tensor is the model's own."""
 
+    def release(self) -> None:
+        """Let go of what takes memory, though others may hold on to the optimizer."""
+        vars(self.optimizer).clear()
+
     def _take(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -67,7 +71,8 @@ class Torch:
         ranks add it up: a resumed run would differ from one that went straight on.
         """
         token = torch.zeros(1, 1, dtype=torch.long, device=next(self.raw_model.parameters()).device)
-        loss_sum, _ = self.model(token, masked_positions=token, labels=token)
+        with torch.compiler.set_stance("force_eager"):
+            loss_sum, _ = self.model(token, masked_positions=token, labels=token)
         (loss_sum * 0).backward()
         self.raw_model.zero_grad()
 
@@ -99,23 +104,16 @@ class DeepSpeedZero(DeepSpeedZero0):
     DeepSpeed's own checkpoints are tied to stage and world size and are written in place, so they are not used.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float, *, is_stage_3: bool) -> None:
         super().__init__(accelerator, model, optimizer, max_grad_norm)
         self.zero: Any = self.model.optimizer
-        self.is_stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
+        self.is_stage_3 = is_stage_3
         self._parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         optimizer.held = self._held_by_stage_3() if self.is_stage_3 else self._held_by_stages_1_and_2()
         optimizer.sum_over_ranks = lambda values: torch.as_tensor(accelerator.reduce(values.to(accelerator.device), reduction="sum"))
         optimizer.before_step = self._decide
         self._may_step, self._limit = torch.ones((), dtype=torch.bool), math.inf
-        self._micro_steps = 0
-
-    def accumulating(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """See :meth:`Torch.accumulating`."""
-        self._micro_steps += 1
-        self.zero.gradient_accumulation_steps = self._micro_steps  # only whether it is 1 matters, and that at the last of them
-        return super().accumulating(is_last)
 
     def backward(self, loss: Tensor, scale: float) -> None:
         """See :meth:`Torch.backward`; DeepSpeed scales."""
@@ -125,7 +123,7 @@ class DeepSpeedZero(DeepSpeedZero0):
 
     def step(self, may_step: Tensor, limit: float, scale: float) -> tuple[Tensor, Tensor]:
         """See :meth:`Torch.step`; DeepSpeed clips, and refuses gradients that are not finite."""
-        self._may_step, self._limit, self._micro_steps = may_step, limit, 0
+        self._may_step, self._limit = may_step, limit
         self.model.step()
         norm = self._norm()
         return norm, may_step & norm.isfinite() & (norm <= limit)
@@ -140,6 +138,11 @@ class DeepSpeedZero(DeepSpeedZero0):
         parameter.ds_tensor.data[:numel].copy_(whole.flatten()[start : start + numel])
         if parameter.data.numel() == whole.numel():  # small ones stay whole on every rank
             parameter.data.copy_(whole)
+
+    def release(self) -> None:
+        """See :meth:`Torch.release`; lists and hooks of stage 3 hold on to this object for ever, but not to what is in it."""
+        vars(self.zero).clear()
+        super().release()
 
     def _norm(self) -> Tensor:
         return torch.as_tensor(self.zero._global_grad_norm, device=self._may_step.device, dtype=torch.float32)

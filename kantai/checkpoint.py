@@ -6,6 +6,7 @@ SHA-256 in ``manifest.json``, and renamed into place. A process killed at any in
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,7 @@ def record(path: Path) -> dict[str, Any]:
     """Flush a file to the device and return its manifest entry, read back from what was written."""
     path.chmod(0o666 & ~_UMASK)  # safetensors makes files that the rest of a group cannot read
     _fsync(path)
+    _forget(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -110,7 +112,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         content = (folder / MANIFEST).read_bytes()
-    except OSError:
+    except OSError as error:
+        _refuse_others(error)
         raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
     return parse_manifest(content, str(folder / MANIFEST))
 
@@ -143,11 +146,17 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{path} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise Damaged(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        if hashes and sha256(path) != entry["sha256"]:
+        try:
+            size = -1 if path.is_dir() else path.stat().st_size
+            is_whole = size == entry["bytes"] and (not hashes or sha256(path) == entry["sha256"])
+        except OSError as error:
+            _refuse_others(error)
+            size = -1
+        if size < 0:
+            raise Damaged(f"{path} is missing or unreadable")
+        if size != entry["bytes"]:
+            raise Damaged(f"{path} has {size} bytes, not {entry['bytes']}")
+        if not is_whole:
             raise Damaged(f"{path} fails its checksum")
     return manifest
 
@@ -170,14 +179,13 @@ class CheckpointStore:
         starts = self.folder / ".starts"  # a number each, which is never given twice
         starts.mkdir(exist_ok=True)
         while self._attempt is None:
-            number = 1 + max((int(path.name) for path in starts.iterdir()), default=0)
+            number = 1 + max((int(path.name) for path in starts.iterdir() if path.name.isdecimal()), default=0)
             with contextlib.suppress(FileExistsError):  # another start was quicker
                 (starts / f"{number:06d}").touch(exist_ok=False)
                 attempt = self.folder / f".attempt-{number:06d}"
                 attempt.mkdir()
-                if (
-                    starts / f"{number + 1:06d}"
-                ).exists():  # a later start, which may have looked for earlier ones before this folder was there
+                # A later start may have looked for earlier ones before this folder was there.
+                if (starts / f"{number + 1:06d}").exists():
                     shutil.rmtree(attempt, ignore_errors=True)
                 else:
                     self._attempt = attempt
@@ -237,19 +245,23 @@ class CheckpointStore:
         """The newest checkpoint whose every byte is as it was written, as (update, manifest); None when there is none.
 
         Args:
-            set_aside: rename damaged ones to ``damaged-...`` and say so, for the one process that may write.
+            set_aside: rename the damaged ones after it to ``damaged-...``, for the one process that may write.
         """
+        damaged = []
         for update in reversed(self.updates()):
             try:
-                return update, verify(self.path(update))
-            except (Damaged, OSError) as damage:
+                manifest = verify(self.path(update))
+            except Damaged as damage:
                 print(f"checkpoint {update} is damaged and not used: {damage}", flush=True)
-                if set_aside:
-                    with self._only_as_the_latest() as attempt:
-                        aside = self.folder / f"damaged-{self.path(update).name}"
-                        shutil.rmtree(aside, ignore_errors=True)
-                        self.path(update).rename(attempt / aside.name)
-                        (attempt / aside.name).rename(aside)
+                damaged.append(update)
+                continue
+            for other in damaged if set_aside else []:
+                with self._only_as_the_latest() as attempt:
+                    aside = self.folder / f"damaged-{self.path(other).name}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self.path(other).rename(attempt / aside.name)
+                    (attempt / aside.name).rename(aside)
+            return update, manifest
         return None
 
     def prune(self, keep: int) -> None:
@@ -263,7 +275,7 @@ class CheckpointStore:
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
-    """Look whether there is room before anything is written; a quota shows when writing fails, which leaves no less behind.
+    """Look whether there is room before anything is written. What the system does not tell beforehand, a quota, writers find out.
 
     Raises:
         UserError: there is not; it says how much is missing.
@@ -274,6 +286,19 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes {needed_bytes / 1e9:.1f}: free "
             f"{(needed_bytes - free) / 1e9:.1f} GB more, or lower checkpoint.keep, and run the same command again"
         )
+
+
+def _refuse_others(error: OSError) -> None:
+    """Raise what says nothing of a file's content: no rights, too many open files, a server that is away."""
+    if error.errno not in (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        raise error
+
+
+def _forget(path: Path) -> None:
+    """Have the system drop a file's pages, so that it is read from where it was written to."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _fsync(path: Path) -> None:

@@ -1,9 +1,11 @@
 """Where am I, and until when? Rank and world as the launcher announced them, the job's end, and whether somebody asked to stop."""
 
+import contextlib
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from kantai import UserError
 
 _STARTED = time.time()
 EXIT_STOPPED = 75  # EX_TEMPFAIL: all is saved, and the same command goes on
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def allocated_since() -> float:
 class Requests:
     """What was asked of a run: by a signal, by a file named STOP or SAVE in its directory, or by the end of its job.
 
-    SIGTERM, SIGINT and SIGUSR1 are remembered for the loop to read at the next update boundary; a second one ends the process at once,
-    which costs no more than what was not saved.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are remembered for the loop to read at the next update boundary; a second one ends the process at
+    once, which costs no more than what was not saved.
     """
 
     def __init__(self, run_dir: Path, *, looks: bool = True) -> None:
@@ -68,8 +71,10 @@ class Requests:
         self.signal: signal.Signals | None = None
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self.end_time = float(end) if end.isdigit() else None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+                signal.signal(number, self._remember)
+        _end_at_the_second_signal()
 
     def to_stop(self, seconds_needed: float) -> str | None:
         """Why this process would stop now, or None.
@@ -93,13 +98,36 @@ class Requests:
         """From the allocation to its end; infinite outside of a job."""
         return math.inf if self.end_time is None else max(0.1, (self.end_time - allocated_since()) / 3600)
 
-    def answer(self) -> None:
-        """Remove the files, now that what they ask is being done; for one process alone."""
-        for name in ("STOP", "SAVE"):
+    def answer(self, *, stop: bool) -> None:
+        """Remove the files, now that what they ask is being done; for one process alone.
+
+        Args:
+            stop: whether the run stops, too; else a STOP that has come since is left for the next update.
+        """
+        for name in ("SAVE", "STOP") if stop else ("SAVE",):
             (self.run_dir / name).unlink(missing_ok=True)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
-            sys.stderr.write("asked to stop again: ending at once\n")
-            os._exit(128 + number)
         self.signal = signal.Signals(number)
+
+
+def _end_at_the_second_signal() -> None:
+    """Watch from a thread: no handler is run while a rank waits inside PyTorch for another, and that is when people ask twice."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        asked = 0
+        while asked < 2:
+            number = os.read(reading, 1)[0]
+            asked += number in STOP_SIGNALS
+        sys.stderr.write("asked to stop again: ending at once\n")
+        os._exit(128 + number)
+
+    def leave_the_parent_alone() -> None:  # a loader's process
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+
+    os.register_at_fork(after_in_child=leave_the_parent_alone)
+    threading.Thread(target=watch, daemon=True).start()

@@ -32,7 +32,7 @@ def export(run_dir: RunDir, model: MaskedRoberta, update: int, output: Path) -> 
     Raises:
         UserError: ``output`` exists, or what was loaded back is another model.
     """
-    lineage = {"update": update, "run": str(run_dir.path), **run_dir.lineage()}
+    lineage = {"update": update, "run": str(run_dir.path), **run_dir.lineage}
     with staged(output, kind="model", lineage=lineage) as folder:
         stock = RobertaForMaskedLM(model.config)
         stock.load_state_dict(model.state_dict())

@@ -42,13 +42,18 @@ class RunDir:
             set_aside: move damaged ones out of the way; for one process alone.
 
         Raises:
-            UserError: it was made from other shards or with another tokenizer.
+            UserError: it was made from other shards or with another tokenizer; or there are checkpoints, and all of them are damaged.
         """
         found = self.store.newest_valid(set_aside=set_aside)
         if found is None:
+            if damaged := self.store.updates():
+                raise UserError(
+                    f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring one back from a copy, or remove that "
+                    "folder to begin with update 0"
+                )
             return 0
         update, manifest = found
-        ours, theirs = self.lineage(), manifest.get("lineage")
+        ours, theirs = self.lineage, manifest.get("lineage")
         theirs = theirs if isinstance(theirs, dict) else {}
         for key in ("shards", "tokenizer"):
             if theirs.get(key) != ours[key]:
@@ -69,6 +74,7 @@ class RunDir:
         (self.path / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
         (self.path / "stacks").mkdir(exist_ok=True)
 
+    @cached_property
     def lineage(self) -> dict[str, Any]:
         """Fingerprints of everything that decides the result, for checkpoints and the model card."""
         sources = sorted(Path(kantai.__file__).parent.rglob("*.py"))
@@ -109,7 +115,7 @@ class PassedOver:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             records = [json.loads(line) for line in lines]
             return cls(path, [(int(each["from_update"]), int(each["first"]), int(each["stop"])) for each in records])
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(f"{path} is damaged: it says which data the run passes over; bring it back from a copy") from None
 
     def data_update(self, update: int) -> int:

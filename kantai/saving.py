@@ -19,35 +19,45 @@ class Saver:
     Attributes:
         update: of the last checkpoint.
         stall_seconds: that it held training up.
+        slowdown_seconds: by which updates took longer while it was written.
         write_seconds: that writing it took on this rank.
     """
 
     def __init__(self, engine: Engine, store: CheckpointStore, keep: int) -> None:
         self.engine, self.store, self.keep = engine, store, keep
-        self.stall_seconds = self.write_seconds = 0.0
+        self.stall_seconds = self.slowdown_seconds = self.write_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[tuple[str, dict[str, Any]]] | None = None
         self.update, self._meta = 0, dict[str, Any]()
         self._saved_at = time.monotonic()
 
-    def start(self, update: int, **meta: Any) -> None:
+    def start(self, update: int, *, since: float, **meta: Any) -> None:
         """Copy the state after ``update`` updates and have it written.
 
         Args:
+            since: when training was held up for it, by the monotonic clock.
             meta: for the manifest; rank 0's counts.
 
         Raises:
             UserError: no room, or another start of the run has taken over.
         """
         self.finish()
-        start = time.monotonic()
         snapshot = self.engine.snapshot()
         needed = sum(self.engine.from_all(snapshot.size_bytes))
         folder = self.engine.on_main(lambda: self._stage(update, int(needed * _ROOM)))
         self.update, self._meta = update, meta
         self._written = self._thread.submit(self._write, snapshot, folder)
         self._saved_at = time.monotonic()
-        self.stall_seconds = self._saved_at - start
+        self.stall_seconds, self.slowdown_seconds = self._saved_at - since, 0.0
+
+    def update_took(self, seconds: float, usually: float) -> None:
+        """Take note of an update: while a checkpoint is written, updates may have fewer cores, or a busy disk."""
+        if self._written is not None and not self._written.done():
+            self.slowdown_seconds += max(0.0, seconds - usually)
+
+    def record(self) -> dict[str, float]:
+        """As metrics."""
+        return {f"checkpoint/{name}_seconds": getattr(self, f"{name}_seconds") for name in ("stall", "slowdown", "write")}
 
     def is_written(self) -> bool:
         """Whether this rank's part of a checkpoint waits to be published."""
@@ -78,14 +88,11 @@ class Saver:
         return time.monotonic() - self._saved_at
 
     def interval_seconds(self, mtbf_hours: float, job_hours: float) -> float:
-        """How often saving costs least: what it holds up is then as much as what failures throw away.
-
-        Young (1974); Daly (2006), equation 13, to first order: sqrt(2 * cost * mean time between failures). The end of a job counts as a
-        failure, should there be no time to save before it.
-        """
-        if not self.stall_seconds:
+        """How long after a checkpoint the next is due; the end of a job counts as a failure, should there be no time to save before it."""
+        cost = self.stall_seconds + self.slowdown_seconds
+        if not cost:
             return _FIRST_INTERVAL_SECONDS
-        return max(self.write_seconds, math.sqrt(2 * self.stall_seconds * 3600 / (1 / mtbf_hours + 1 / job_hours)))
+        return max(self.write_seconds, best_interval_seconds(cost, 3600 / (1 / mtbf_hours + 1 / job_hours)))
 
     def _stage(self, update: int, needed_bytes: int) -> Any:
         refuse_full_disk(self.store.folder, needed_bytes)
@@ -101,3 +108,11 @@ class Saver:
         self.store.publish(self.update, files, **self._meta)
         verify(self.store.path(self.update), hashes=False)  # every rank has read its part back
         self.store.prune(self.keep)
+
+
+def best_interval_seconds(cost_seconds: float, mtbf_seconds: float) -> float:
+    """How often saving costs least: what it costs is then as much as what failures throw away.
+
+    Young (1974); Daly (2006), equation 13, to first order.
+    """
+    return math.sqrt(2 * cost_seconds * mtbf_seconds)

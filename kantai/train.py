@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kantai import UserError
 from kantai.batches import Batches, Stage
-from kantai.cluster import Place, Requests, allocated_since
+from kantai.cluster import STOP_SIGNALS, Place, Requests, allocated_since
 from kantai.config import BatchPlan
 from kantai.data import Prefetcher
 from kantai.engine import Engine, Outcome
@@ -42,9 +42,12 @@ def train(run_dir: RunDir, place: Place) -> bool:
     """
     try:
         return _train(run_dir, place)
+    except UserError:
+        raise
     except Exception as error:
         if place.world_size > 1 and "connection" in str(error).lower():
-            # Another rank is gone, and that is what is to be seen; the launcher ends this one.
+            # Another rank is gone, and that is what is to be seen; the launcher ends this one, by SIGTERM.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_SECONDS_FOR_THE_LAUNCHER)
         raise
 
@@ -55,8 +58,8 @@ def _train(run_dir: RunDir, place: Place) -> bool:
     model = build_model(run_dir.config, run_dir.data.vocabulary)
     engine = Engine(run_dir.config, place, model, timeout_seconds=hang_seconds + _SECONDS_TO_DUMP_STACKS)
     run = Run(run_dir, engine)
-    done, total = run.resume(), run_dir.data.total_updates
-    while done < total:
+    done, total, stops = run.resume(), run_dir.data.total_updates, False
+    while done < total and not stops:
         for update, micro_batches, waited_seconds in run.batches_from(done):
             outcome = run.update(update, micro_batches, waited_seconds)
             done = update + 1
@@ -64,17 +67,16 @@ def _train(run_dir: RunDir, place: Place) -> bool:
             if run.has_gone_bad(outcome):
                 done = run.roll_back(done)
                 break
-            if done == total or (done % run.config.evaluation.every_updates == 0 and not agreed.stop):
-                run.evaluate(done)
             if agreed.all_written:
                 run.publish()
-            # What came before bad numbers may be what they come from: not to be gone back to.
-            if (agreed.save and not outcome.skipped) or agreed.stop or done == total:
-                run.save(done)
-            if agreed.stop:
+            # Not within a series of bad numbers: what came before may be what they come from, and it ends within a few updates.
+            stops, saves = agreed.stop and not outcome.skipped, agreed.save and not outcome.skipped
+            if saves or stops or done == total:
+                run.save(done, stops=stops)
+            if done == total or (done % run.config.evaluation.every_updates == 0 and not stops):
+                run.evaluate(done)
+            if stops:
                 break
-        if agreed.stop:
-            break
     run.close(done)
     return done == total
 
@@ -120,6 +122,7 @@ class Run:
         if self.stacks.tell():
             self.progress.say(f"an earlier start hung: see {self.dir.path / 'stacks'}")
         self._still_alive()
+        self.engine.still_alive = self._still_alive
         every = self.config.evaluation.every_updates
         if done and done % every == 0 and self.engine.from_main(self.metrics is not None and not self.metrics.has(done, "held_out/loss")):
             self.evaluate(done)  # it was asked to stop before
@@ -129,6 +132,7 @@ class Run:
         """See :func:`stream`; shards that come from elsewhere are fetched ahead."""
         rank, total, at = self.engine.place.rank, self.data.total_updates, self.passed_over.data_update
         prefetcher = Prefetcher(self.data, self.batches, rank, at(first_update))
+        prefetcher.advance(at(first_update))
         on_gpu = self.engine.device.type == "cuda"
         for batch in stream(self.batches, rank, first_update, total, self.config.data.workers, at=at, pin_memory=on_gpu):
             prefetcher.advance(at(batch[0]))
@@ -143,10 +147,11 @@ class Run:
         start = time.perf_counter()
         outcome = self.engine.update(update, micro_batches, rate, self._limit(self.losses), self._limit(self.norms))
         seconds = time.perf_counter() - start + waited_seconds
+        self.saver.update_took(seconds, self.speed.seconds_per_update)
         self.speed.add(seconds, outcome.tokens, outcome.flops)
-        if not outcome.skipped:
-            self.losses.append(outcome.loss)
-            self.norms.append(outcome.grad_norm)
+        for values, value in ((self.losses, outcome.loss), (self.norms, outcome.grad_norm)):
+            if not outcome.skipped and math.isfinite(value):  # a norm of fp16 may be none
+                values.append(value)
         if self.metrics is not None and not self.store.is_taken_over():
             goodput = self.metrics.goodput.add(0.0 if outcome.skipped else seconds)
             times = {"speed/update_seconds": seconds, "speed/data_wait_seconds": waited_seconds, "speed/goodput": goodput}
@@ -207,7 +212,13 @@ class Run:
         engine, micro, world = self.engine, self.config.batch.micro_batch_size, self.engine.place.world_size
         batches, steps = self.data.held_out_batches(BatchPlan(micro * world, micro, world))
         score = held_out_score(
-            engine.model, batches, steps, rank=engine.place.rank, device=engine.device, sum_over_ranks=engine.sum_over_ranks
+            engine.model,
+            batches,
+            steps,
+            rank=engine.place.rank,
+            device=engine.device,
+            sum_over_ranks=engine.sum_over_ranks,
+            after_batch=self._still_alive,
         )
         prompts = self.data.prompts()
         filled = fill_masks(engine.model, self.data.vocabulary, prompts, self.config.data.seq_len)
@@ -224,22 +235,22 @@ class Run:
         self.evaluation_seconds = time.perf_counter() - start
         self._still_alive()
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, *, stops: bool) -> None:
         """Copy the state; it is written while training goes on."""
         self.publish()
+        start = time.monotonic()
         if self.metrics is not None:
             self.metrics.flush()  # a checkpoint must not know of updates that the records have lost
         if self.is_main:
-            self.requests.answer()
-        lineage = {**self.dir.lineage(), "passed_over": self.passed_over.windows} if self.is_main else {}
-        self.saver.start(done, lineage=lineage)
+            self.requests.answer(stop=stops)
+        lineage = {**self.dir.lineage, "passed_over": self.passed_over.windows} if self.is_main else {}
+        self.saver.start(done, since=start, lineage=lineage)
         self._still_alive()
 
     def publish(self) -> None:
         """Have the checkpoint that is being written, if there is one, take its place when it is done."""
         if self.saver.finish() and self.metrics is not None:
-            times = {"checkpoint/stall_seconds": self.saver.stall_seconds, "checkpoint/write_seconds": self.saver.write_seconds}
-            self.metrics.write(self.saver.update, times)
+            self.metrics.write(self.saver.update, self.saver.record())
         self._still_alive()
 
     def peak_memory_gib(self) -> float:
@@ -268,11 +279,15 @@ class Run:
         return self.dir.newest(set_aside=True)
 
     def _open_records(self, done: int) -> None:
-        self.metrics = Metrics(self.dir.path, done + 1, allocated_since()) if self.is_main else None
+        self.metrics: Metrics | None = None
+        self.engine.on_main(lambda: self._open_metrics(done))
         for name, values in (("train/loss", self.losses), ("train/grad_norm", self.norms)):
             values.clear()
             values.extend(self.engine.from_main(self.metrics.last(name, _REMEMBERED) if self.metrics is not None else []))
         self.passed_over = self.engine.from_main(PassedOver.of(self.dir.path))
+
+    def _open_metrics(self, done: int) -> None:
+        self.metrics = Metrics(self.dir.path, self.store, done + 1, allocated_since())
 
     def _pass_over(self, done: int) -> int:
         back = self.dir.newest(set_aside=True)
@@ -330,23 +345,34 @@ def stream(
     micro_batches = iter(loader)
     for update in range(first_update, total_updates):
         start = time.perf_counter()
-        found = [next(micro_batches) for _ in micro_steps(update)]
+        found = []
+        for _ in micro_steps(update):
+            made = next(micro_batches)
+            if isinstance(made, UserError):
+                raise made
+            found.append(made)
         yield update, found, time.perf_counter() - start
 
 
-class _MicroBatches(Dataset[MicroBatch]):
-    """A rank's micro-batches by update and micro-step, so that a data loader's workers can make any of them."""
+class _MicroBatches(Dataset[MicroBatch | UserError]):
+    """A rank's micro-batches by update and micro-step, so that a data loader's workers can make any of them.
+
+    What a user can put right is returned and not raised: a worker would make its traceback part of the message.
+    """
 
     def __init__(self, batches: Batches, rank: int) -> None:
         self.batches, self.rank = batches, rank
 
-    def __getitem__(self, place: tuple[int, int]) -> MicroBatch:
-        return MicroBatch(self.batches.micro_batch(*place, self.rank))
+    def __getitem__(self, place: tuple[int, int]) -> MicroBatch | UserError:
+        try:
+            return MicroBatch(self.batches.micro_batch(*place, self.rank))
+        except UserError as error:
+            return error
 
 
 def _leave_signals_to_the_rank(_worker: int) -> None:
     """Launchers and SLURM signal every process. A worker that ended by it would take its rank along, before that has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

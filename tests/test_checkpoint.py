@@ -246,10 +246,25 @@ def test_damaged_checkpoints_are_passed_over_and_set_aside(tmp_path: Path, capsy
     assert seen(store) == ["damaged-update-00000002", "damaged-update-00000003", "update-00000001"]
 
 
-def test_no_valid_checkpoint_is_none(tmp_path: Path) -> None:
-    store = make_checkpoints(tmp_path, 1)
-    (store.path(1) / "state").unlink()
-    assert store.newest_valid(set_aside=True) is None and store.updates() == []
+def test_where_no_checkpoint_is_valid_all_are_left_as_they_are(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 1, 2)
+    for update in (1, 2):
+        (store.path(update) / "state").unlink()
+    assert store.newest_valid(set_aside=True) is None and store.updates() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["state", "manifest.json"])
+def test_what_cannot_be_read_now_is_not_called_damaged(name: str, tmp_path: Path) -> None:
+    """As when a server is away or too many files are open; here, a link that leads to itself."""
+    store = make_checkpoints(tmp_path, 1, 2)
+    path = store.path(2) / name
+    path.rename(tmp_path / "moved")
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        store.newest_valid(set_aside=True)
+    path.unlink()
+    (tmp_path / "moved").rename(path)
+    assert store.newest_valid(set_aside=True) == (2, verify(store.path(2)))
 
 
 @pytest.mark.parametrize(("keep", "left"), [(2, [30, 40]), (3, [20, 30, 40]), (4, [10, 20, 30, 40]), (9, [10, 20, 30, 40])])

@@ -188,9 +188,9 @@ def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     store = run_dir.store
     store.take_over()
     for update in (2, 4):
-        store.publish(update, engine.save_state(store.stage(update)), lineage=run_dir.lineage())
-    metrics = Metrics(run, 1, 0.0)
-    metrics.write(1, {"train/loss": 7.0, "train/grad_norm": 1.0})
+        store.publish(update, engine.save_state(store.stage(update)), lineage=run_dir.lineage)
+    metrics = Metrics(run, store, 1, 0.0)
+    metrics.write(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/update_seconds": 1.0})
     metrics.close()
     PassedOver.of(run).add(2, 3, store)
     yield run, engine
@@ -253,11 +253,28 @@ def test_a_run_directory_of_any_values(exchange: Callable[[Any], Any], name: str
 @fuzz
 @given(damage=damages())
 def test_metrics_of_any_bytes_are_gone_on_with(damage: Callable[[bytes], bytes], saved: tuple[Path, Engine], tmp_path: Path) -> None:
-    content = (saved[0] / "metrics.jsonl").read_bytes() * 3
-    (tmp_path / "metrics.jsonl").write_bytes(damage(content))
-    metrics = Metrics(tmp_path, 2, 0.0)
+    (tmp_path / "metrics.jsonl").write_bytes(damage((saved[0] / "metrics.jsonl").read_bytes() * 3))
+    gone_on_with(tmp_path)
+
+
+@fuzz
+@given(exchange=exchanges(), name=st.sampled_from(["metrics", "starts"]))
+def test_metrics_of_any_values_are_gone_on_with(
+    exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path
+) -> None:
+    for each in ("metrics", "starts"):
+        line = json.loads((saved[0] / f"{each}.jsonl").read_text())
+        (tmp_path / f"{each}.jsonl").write_text(json.dumps(exchange(line) if each == name else line) + "\n")
+    gone_on_with(tmp_path)
+
+
+def gone_on_with(run: Path) -> None:
+    store = CheckpointStore(run)
+    store.take_over()
+    metrics = Metrics(run, store, 2, 0.0)
     metrics.last("train/loss", 5)
+    metrics.goodput.add(1.0)
     metrics.write(2, {"train/loss": 1.0})
     metrics.close()
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        assert json.loads(line)["update"] in (1, 2)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["update"] <= 2

@@ -7,21 +7,26 @@ import argparse
 import hashlib
 import itertools
 import json
+import tempfile
 import time
 import tracemalloc
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import fsspec
 import numpy as np
 
 from kantai.batches import Batches, Contiguous, Stage
-from kantai.checkpoint import parse_manifest
+from kantai.cache import Cache
+from kantai.checkpoint import digest
 from kantai.config import BatchPlan
 from kantai.files import File, cut
 from kantai.order import Shuffled
-from kantai.shards import SHARD_TOKENS, SPLITS, Split
+from kantai.shards import SHARD_TOKENS, TOKEN_COUNTS, open_shards, token_dtype
 
-TEXT_BYTES_PER_TOKEN = 4.4  # English under a vocabulary of 50,000
+VOCAB_SIZE = 50_000
+TEXT_BYTES_PER_TOKEN = 4.4  # English under such a vocabulary
 TOKENS_PER_DOCUMENT = 700
 FILE_BYTES = 1 << 30
 SEQ_LEN, GLOBAL_BATCH_SIZE, WINDOW = 512, 8192, 64
@@ -42,11 +47,13 @@ def page(tokens: int) -> str:
     pieces = cut(files, splittable=lambda file: True)
     planned = time.perf_counter() - start
     content = json.dumps(made_up_manifest(tokens, len(pieces)), indent=1).encode()
+    fsspec.filesystem("memory").pipe("/made_up/manifest.json", content)
 
-    tracemalloc.start()
-    start = time.perf_counter()
-    manifest = parse_manifest(content, "made up")
-    splits = {name: Split(manifest["splits"][name]["shards"], no_file) for name in SPLITS}
+    with tempfile.TemporaryDirectory() as folder:
+        tracemalloc.start()
+        start = time.perf_counter()
+        shards = open_shards("memory://made_up", cache=lambda url: Cache(url, Path(folder), 1 << 30))
+    manifest, splits = shards.manifest, shards.splits
     sequences = Contiguous(splits["train"], SEQ_LEN, 0, 1)
     opened, opened_bytes = time.perf_counter() - start, tracemalloc.get_traced_memory()[0]
     order = Shuffled(sequences.samples_per_shard, WINDOW, seed=0)
@@ -57,6 +64,7 @@ def page(tokens: int) -> str:
     train = splits["train"]
     shard_bytes = np.array([manifest["files"][name]["bytes"] for name in train.files])
     epoch = order.samples // GLOBAL_BATCH_SIZE
+    looked = min(UPDATES_LOOKED_AT, epoch)
     lines = [
         f"| text, at {TEXT_BYTES_PER_TOKEN} bytes a token | {tokens * TEXT_BYTES_PER_TOKEN / 1e12:.2f} TB in {len(files):,} files |",
         f"| pieces to tokenize, each a unit of resuming | {len(pieces):,}, planned in {planned:.1f} s |",
@@ -71,41 +79,57 @@ def page(tokens: int) -> str:
     ]
     table = [
         f"| {nodes} | {share:.1%} | {share * shard_bytes.sum() / 1e9:,.0f} GB | {at_once:,} |"
-        for nodes, (share, at_once) in ((nodes, downloads(sequences, order, nodes)) for nodes in (1, 2, 8, 64, 256))
+        for nodes, (share, at_once) in ((nodes, downloads(sequences, order, nodes, looked)) for nodes in (1, 2, 8, 64, 256))
     ]
     return TEMPLATE.format(
-        tokens=f"{tokens:.0e}".replace("e+", " x 10^"),
+        tokens=f"{tokens:.0e}".replace("e+", " x 10^").replace("^0", "^"),
         lines="\n".join(lines),
         table="\n".join(table),
         window=WINDOW,
-        looked=UPDATES_LOOKED_AT,
+        looked=looked,
     )
 
 
 def made_up_manifest(tokens: int, pieces: int) -> dict[str, Any]:
     """What tokenize_corpus.py would write: a shard a piece of training documents, held-out shards filled up."""
     sizes = np.random.default_rng(0).normal(1, 0.03, pieces) * tokens * 0.99 / pieces
-    held_out = [SHARD_TOKENS] * -(-(tokens // 100) // SHARD_TOKENS)
-    named = {
-        "train": [(f"train-{number:06d}-000.arrow", int(size)) for number, size in enumerate(sizes)],
-        "held_out": [(f"held_out-{number:03d}.arrow", size) for number, size in enumerate(held_out)],
+    full, left = divmod(tokens // 100, SHARD_TOKENS)
+    sha256 = hashlib.sha256(b"").hexdigest()
+    splits: dict[str, dict[str, Any]] = {}
+    files = {TOKEN_COUNTS: {"bytes": 16 * VOCAB_SIZE + 128, "sha256": sha256}}
+    for split, name, tokens_of_shards in (
+        ("train", "train-{:06d}-000.arrow", [int(size) for size in sizes]),
+        ("held_out", "held_out-{:03d}.arrow", [SHARD_TOKENS] * full + [left]),
+    ):
+        shards = [
+            {"file": name.format(number), "documents": size // TOKENS_PER_DOCUMENT, "tokens": size}
+            for number, size in enumerate(tokens_of_shards)
+        ]
+        splits[split] = {
+            "shards": shards,
+            **{key: sum(int(shard[key]) for shard in shards) for key in ("documents", "tokens")},
+            "unigram_entropy": 7.0,
+        }
+        files |= {shard["file"]: {"bytes": 2 * shard["tokens"] + 4 * shard["documents"] + 500, "sha256": sha256} for shard in shards}
+    content = {
+        "kind": "shards",
+        "tokenizer": sha256,
+        "vocab_size": VOCAB_SIZE,
+        "dtype": token_dtype(VOCAB_SIZE).name,
+        "source": {},
+        "report": {},
+        "splits": splits,
+        "files": files,
     }
-    digest = hashlib.sha256(b"").hexdigest()
-    documents = {name: size // TOKENS_PER_DOCUMENT for shards in named.values() for name, size in shards}
-    entries = {
-        split: {"shards": [{"file": name, "documents": documents[name], "tokens": size} for name, size in shards]}
-        for split, shards in named.items()
-    }
-    files = {name: {"bytes": 2 * size + 4 * documents[name] + 500, "sha256": digest} for shards in named.values() for name, size in shards}
-    return {"kind": "shards", "dtype": "uint16", "splits": entries, "files": files}
+    return content | {"digest": digest(content)}
 
 
-def downloads(sequences: Contiguous, order: Shuffled, nodes: int) -> tuple[float, int]:
+def downloads(sequences: Contiguous, order: Shuffled, nodes: int, updates: int) -> tuple[float, int]:
     """Share of the training shards that a node reads in an epoch, from the first updates of one; and most shards in one update."""
     batches = Batches([Stage(0, 0, BatchPlan(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, nodes), sequences, order)], no_file, 1)
     middle = nodes // 2
-    read = [batches.shards(update, middle) for update in range(UPDATES_LOOKED_AT)]
-    visited = np.unique(order.at(np.arange(UPDATES_LOOKED_AT * GLOBAL_BATCH_SIZE))[1])
+    read = [batches.shards(update, middle) for update in range(updates)]
+    visited = np.unique(order.at(np.arange(updates * GLOBAL_BATCH_SIZE))[1])
     shards = np.unique(np.searchsorted(sequences.first_sample, visited, side="right"))
     return len(set(itertools.chain(*read))) / len(shards), max(map(len, read))
 

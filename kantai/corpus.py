@@ -15,15 +15,15 @@ from typing import Any, Literal, get_args
 from tqdm import tqdm
 
 from kantai import UserError
-from kantai.files import HUB, File, Piece, Span, cut, hub_dataset, open_file
+from kantai.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
 from kantai.lines import MOST_DOCUMENT_BYTES, Block, Report, check_length, mended, read_lines
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
 _MOST_MENDED = 0.01  # share of a piece's documents; in text of another encoding it is more
-_BATCH = 1024  # records taken at a time
-_RECORD_SUFFIXES = {".jsonl", ".csv", ".parquet"}
+# What is held of records at once: texts of so many bytes, or one that is larger, out of so many records.
+_BATCH_BYTES, _BATCH_RECORDS = 1 << 22, 64
 
 
 def pieces(files: Iterable[File], unit: Unit | None = None, piece_bytes: int | None = None) -> list[Piece]:
@@ -54,8 +54,9 @@ def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", 
     of Parquet likewise, and paragraphs part at the first blank line that begins at or after the cut.
 
     Args:
-        piece: of files ``.jsonl``, ``.csv`` (with a line of names) and ``.parquet``, which have records, as data sets of the Hub do;
-            anything else is text. What ends in ``.gz``, ``.xz`` or ``.zst`` is decompressed first.
+        piece: of files ``.jsonl``, ``.ndjson`` and ``.json`` (one record a line), ``.csv`` (with a line of names) and ``.parquet``,
+            which have records, as data sets of the Hub do; anything else is text. What ends in ``.gz``, ``.xz`` or ``.zst`` is
+            decompressed first.
         unit: what one document is: a ``line``; a ``paragraph``, ended by a blank line, its lines joined by a space, since
             where a line was wrapped says nothing; a whole ``file``; a ``record``. Default: lines of text, records of the rest.
         text_field: the field or column of a record that holds its text; null there is an empty document.
@@ -88,7 +89,8 @@ def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments by which a program is told of a corpus; see :func:`documents`."""
     kinds = (
-        "text, .jsonl, .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs, URLs (s3://...), hub:NAME[:CONFIG[:SPLIT]]"
+        "text, .jsonl (.json, .ndjson), .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs, URLs (s3://...), "
+        "hub:NAME[:CONFIG[:SPLIT]]"
     )
     parser.add_argument("--input", nargs="+", required=True, help=kinds)
     parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of the others)")
@@ -110,14 +112,13 @@ _Reader = Callable[[Span, Report], Iterator[Sequence[str]]]
 def _reader(span: Span, unit: Unit | None, text_field: str) -> _Reader:
     if span.file.path.startswith(HUB):
         return lambda span, report: _hub(span, text_field, report)
-    records = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}.get(span.file.suffixes[0])
-    if records:
+    if records := _RECORD_READERS.get(span.file.suffixes[0]):
         return lambda span, report: records(span, text_field, report)
     return {"paragraph": _paragraphs, "file": _whole_file}.get(unit or "line", _lines)
 
 
 def _check_unit(file: File, unit: Unit | None) -> None:
-    has_records = file.path.startswith(HUB) or file.suffixes[0] in _RECORD_SUFFIXES
+    has_records = file.path.startswith(HUB) or file.suffixes[0] in _RECORD_READERS
     if unit is not None and has_records != (unit == "record"):
         raise UserError(f"{file.path} cannot be cut by --document {unit}: give {'record' if has_records else 'line, paragraph or file'}")
 
@@ -195,12 +196,15 @@ def _json_lines(span: Span, text_field: str, report: Report) -> Iterator[list[st
         texts = []
         for index, line in enumerate(block.lines):
             if not line or line.isspace():
+                texts.append("")
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                raise UserError(f"{block.place(index)} is not JSON") from None
-            if not isinstance(row, dict) or not isinstance(text := row.get(text_field, 0), str | None):
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(_NO_RECORD.format(block.place(index)))
+            if not isinstance(text := row.get(text_field, 0), str | None):
                 raise UserError(_no_text(block.place(index), text_field))
             defects = block.defects_at(index)
             if text and "\\u" in line:
@@ -221,14 +225,16 @@ def _csv(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
                 defects.update(block.defects_at(index) | defects)
                 yield line + "\n"
 
-    rows = csv.DictReader(lines(), strict=True)
+    rows = csv.reader(lines(), strict=True)  # no DictReader, which leaves out blank rows without a word
     try:
-        for number, row in enumerate(rows, 1):
-            if text_field not in row:
-                raise UserError(_no_text(f"{span.file.path} record {number}", text_field))
+        names = next(rows, [])
+        for row in rows:
+            if text_field not in names:
+                raise UserError(_no_text(f"{span.file.path} record 1", text_field))
+            place = names.index(text_field)
             report.count_mended(defects)
             defects.clear()
-            yield [row[text_field] or ""]
+            yield row[place : place + 1] or [""]
     except csv.Error as error:
         raise UserError(f"{span.file.path} is not CSV: {error}") from None
 
@@ -239,7 +245,8 @@ def _parquet(span: Span, text_field: str, report: Report) -> Iterator[list[str]]
 
     path = span.file.path
     try:
-        with open_file(span.file) as content, pq.ParquetFile(content) as file:
+        # With a buffer, a column is read page by page (as Arrow writes them, a MiB or 1,024 records) and not whole.
+        with open_file(span.file) as content, pq.ParquetFile(content, buffer_size=MIB, pre_buffer=False) as file:
             if text_field not in file.schema_arrow.names:
                 raise UserError(_no_text(f"{path} record 1", text_field))
             number = 1
@@ -248,7 +255,10 @@ def _parquet(span: Span, text_field: str, report: Report) -> Iterator[list[str]]
                 first = group.column(0)
                 offset = first.dictionary_page_offset if first.has_dictionary_page else first.data_page_offset
                 if span.start <= offset < span.stop:
-                    yield from _columns(file.iter_batches(_BATCH, [index], [text_field]), path, number, text_field, report)
+                    columns = (group.column(each) for each in range(group.num_columns))
+                    stored = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
+                    records = max(1, min(_BATCH_RECORDS, _BATCH_BYTES * group.num_rows // max(1, stored)))
+                    yield from _columns(file.iter_batches(records, [index], [text_field]), path, number, text_field, report)
                 number += group.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
@@ -260,7 +270,7 @@ def _hub(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
         data = hub_dataset(span.file.path).shard(num_shards=span.file.size, index=span.start).with_format("arrow")
         if text_field not in (data.column_names or [text_field]):
             raise UserError(_no_text(f"{path} record 1", text_field))
-        yield from _columns(data.iter(batch_size=_BATCH), path, 1, text_field, report)
+        yield from _columns(data.iter(batch_size=_BATCH_RECORDS), path, 1, text_field, report)
     except UserError:
         raise
     except Exception as error:  # of the library, the Hub or the network
@@ -275,23 +285,34 @@ def _columns(batches: Iterable[Any], path: str, number: int, text_field: str, re
         if text_field not in batch.column_names:
             raise UserError(_no_text(f"{path} record {number}", text_field))
         column = batch.column(text_field)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if column.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
             raise UserError(_no_text(f"{path} record {number}", text_field))
-        try:
-            values = column.to_pylist()
-        except UnicodeDecodeError:
-            values = column.cast(pa.large_binary()).to_pylist()
-        texts = []
-        for row, value in enumerate(values):
-            text, defects = mended(value or "")
-            if defects:
-                report.count_mended(dict.fromkeys(defects, f"{path} record {number + row}"))
+        texts, size = [], 0
+        for value in column:
+            stored, place = _stored(value), f"{path} record {number}"
+            check_length(len(stored), place)
+            text, defects = mended(stored)
+            report.count_mended(dict.fromkeys(defects, place))
             texts.append(text)
-        number += len(texts)
+            number, size = number + 1, size + len(stored)
+            if size >= _BATCH_BYTES:
+                yield texts
+                texts, size = [], 0
         yield texts
+
+
+def _stored(value: Any) -> bytes:
+    """The bytes of an Arrow string, which may have been written without a look whether they are UTF-8."""
+    if not value.is_valid:
+        return b""
+    value = getattr(value, "value", value)  # of an entry of a dictionary
+    return bytes(value.as_buffer())
 
 
 def _no_text(place: str, text_field: str) -> str:
     return f"{place} has no text in its field {text_field!r}: name the right one with --text_field"
+
+
+_RECORD_READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines, ".csv": _csv, ".parquet": _parquet}
+_NO_RECORD = "{} is not JSON with a record a line: make a file of such lines by jq -c . or, where it is one array, by jq -c '.[]'"

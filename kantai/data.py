@@ -192,9 +192,10 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
                 )
     if config.stages and config.stages[-1].until_update >= data.total_updates:
         raise UserError(f"stages: until_update {config.stages[-1].until_update} is beyond the run's {data.total_updates} updates; lower it")
+    needed = config.data.shuffle_window + 1  # at once; with fewer, every row would open a shard again
     for opened in shards.splits.values():
-        if shards.cache is not None:  # a shard that is open takes space even when the cache has let go of it
-            opened.open_at_once = config.data.shuffle_window + 1
+        # One that came from a URL takes space while it is open, even when the cache has let go of it: not one more than are needed.
+        opened.open_at_once = needed if shards.cache is not None else max(opened.open_at_once, needed)
     if config.optimizer.warmup_updates >= data.total_updates > 1:
         raise UserError(
             f"optimizer.warmup_updates {config.optimizer.warmup_updates} is not less than the run's {data.total_updates} updates; lower it"

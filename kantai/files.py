@@ -9,6 +9,7 @@ import glob
 import gzip
 import lzma
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,11 +48,11 @@ class File:
 
     @property
     def suffixes(self) -> tuple[str, str]:
-        """What is in the file and how it is compressed, as in (".jsonl", ".gz"); "" for neither."""
+        """What is in the file and how it is compressed, in small letters, as in (".jsonl", ".gz"); "" for neither."""
         if self.path.startswith(HUB):
             return "", ""
         name = self.path.partition("?")[0] if _is_remote(self.path) else self.path
-        name, last = os.path.splitext(name)
+        name, last = os.path.splitext(name.lower())
         return (os.path.splitext(name)[1], last) if last in _COMPRESSED else (last, "")
 
     @property
@@ -77,11 +78,12 @@ Piece = tuple[Span, ...]
 def find_files(inputs: Sequence[str]) -> list[File]:
     """The files behind paths, directories, globs, fsspec URLs (of files, directories and globs) and ``hub:NAME[:CONFIG[:SPLIT]]``.
 
-    A directory means all files below it except hidden ones; links to directories are not followed. The order is fixed: that of the
-    inputs, sorted within each, and no file comes twice. Empty files are kept, to be counted where they are read.
+    A directory, one that a glob matches too, means all files below it except hidden ones; links to directories are followed, but no
+    directory is searched twice for an input. The order is fixed: that of the inputs, sorted within each, and no file comes twice.
+    Empty files are kept, to be counted where they are read.
 
     Raises:
-        UserError: an input matches nothing or cannot be reached, its driver is not installed, or every file is empty.
+        UserError: an input matches nothing or cannot be reached, a link leads nowhere, a driver is not installed, or every file is empty.
     """
     found: dict[str, File] = {}
     for name in inputs:
@@ -90,7 +92,7 @@ def find_files(inputs: Sequence[str]) -> list[File]:
         for file in files:
             found.setdefault(file.path, file)
         if before == len(found) and not files:
-            raise UserError(f"no input at {name}: give a text, .jsonl, .csv or .parquet file, a directory of them, or a quoted glob")
+            raise UserError(f"no input at {name}: give a text, .json(l), .csv or .parquet file, a directory of them, or a quoted glob")
     if not any(file.size for file in found.values()):
         first = next(iter(found))
         subject = f"{first} is empty" if len(found) == 1 else f"every one of {len(found)} files is empty, {first} the first"
@@ -190,25 +192,27 @@ def _sorting_key(path: str) -> list[str]:
 
 
 def _local_files(pattern: str) -> list[File]:
-    paths: Iterable[str]
-    if os.path.isdir(pattern):
-        paths = _walk(str(Path(pattern)))
-    elif os.path.exists(pattern):
-        paths = [str(Path(pattern))]
-    else:
-        matches = (str(Path(path)) for path in glob.iglob(pattern, recursive=True))
-        paths = sorted(filter(os.path.isfile, matches), key=_sorting_key)
-    return [File(path, status.st_size, str(status.st_mtime_ns)) for path in paths for status in (os.stat(path),)]
+    matches = [pattern] if os.path.lexists(pattern) else sorted(glob.iglob(pattern, recursive=True), key=_sorting_key)
+    searched: set[tuple[int, int]] = set()
+    found = {file.path: file for match in matches for file in _walk(str(Path(match)), searched)}
+    return [found[path] for path in sorted(found, key=_sorting_key)]
 
 
-def _walk(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in listed:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
-        elif entry.is_file():
-            yield entry.path
+def _walk(path: str, searched: set[tuple[int, int]]) -> Iterator[File]:
+    """A file, or those below a directory that is not searched already: links may make a circle."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if not os.path.islink(path):
+            raise
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which cannot be read: {error.strerror}; mend or remove it") from None
+    if not stat.S_ISDIR(status.st_mode):
+        yield File(path, status.st_size, str(status.st_mtime_ns))
+    elif (place := (status.st_dev, status.st_ino)) not in searched:
+        searched.add(place)
+        for name in sorted(os.listdir(path)):
+            if not name.startswith("."):
+                yield from _walk(os.path.join(path, name), searched)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -245,15 +249,18 @@ def _remote_files(url: str) -> list[File]:
 
 def _remote_infos(file_system: Any, path: str) -> dict[str, dict[str, Any]]:
     try:
-        info = file_system.info(path)
+        found = {path: file_system.info(path)}
     except FileNotFoundError:
         found = file_system.glob(path, detail=True) if glob.has_magic(path) else {}
-        folder = path if "/." in path else ""  # who asks for hidden files gets them
+        shown = path if "/." in path else ""  # who asks for hidden files gets them
     else:
-        if info["type"] == "file":
-            return {path: info}
-        found, folder = file_system.find(path, detail=True), path
-    return {name: info for name, info in found.items() if info["type"] == "file" and "/." not in name[len(folder) :]}
+        shown = path
+    searched = "\n"
+    for name in sorted(found, key=_sorting_key):
+        if found[name]["type"] != "file" and not f"{name}/".startswith(searched):
+            searched = f"{name.rstrip('/')}/"
+            found |= file_system.find(name, detail=True)
+    return {name: info for name, info in found.items() if info["type"] == "file" and "/." not in name[len(shown) :]}
 
 
 def _open(file: File, start: int) -> Any:

@@ -1,7 +1,7 @@
 """What was the model shown? A set of shards in figures, an update in words, and a hash of a stretch of the stream."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ _MOST_SHARDS_READ = 64
 _FREQUENT_TOKENS = 20
 
 
-def describe_shards(shards: ShardSet, vocabulary: Vocabulary | None) -> Iterator[str]:
-    """Manifest, splits, document lengths and most frequent tokens, line by line."""
+def describe_shards(shards: ShardSet, vocabulary: Vocabulary | None, seq_lens: Iterable[int] = (128, 512)) -> Iterator[str]:
+    """Manifest, splits, document lengths, what of them ``padded`` leaves out at some ``seq_lens``, and most frequent tokens."""
     manifest = shards.manifest
     yield f"tokenizer  {manifest['tokenizer'][:16]}, {manifest['vocab_size']:,} entries, {manifest['dtype']}"
     yield from (f"{name:<10} {value}" for name, value in manifest["source"].items())
@@ -34,19 +34,28 @@ def describe_shards(shards: ShardSet, vocabulary: Vocabulary | None) -> Iterator
         lengths = np.concatenate([opened[number].lengths for number in read.tolist()])
         spread = ", ".join(f"{p} %: {length:,.0f}" for p, length in zip(_PERCENTILES, np.percentile(lengths, _PERCENTILES), strict=True))
         yield f"  document lengths  mean {lengths.mean():,.1f}; {spread}" + (f" (of {len(read)} shards)" if len(read) < len(opened) else "")
+        beyond = (f"{np.maximum(lengths - seq_len + 1, 0).sum() / max(1, lengths.sum()):.1%} at seq_len {seq_len}" for seq_len in seq_lens)
+        yield f"  tokens left out   {', '.join(beyond)}: by the packing padded alone"
         frequent = np.argsort(of_split, kind="stable")[::-1][:_FREQUENT_TOKENS].tolist()
         words = (f"{_token(vocabulary, token)} {of_split[token] / max(1, of_split.sum()):.2%}" for token in frequent)
         yield f"  frequent tokens   {'  '.join(words)}"
 
 
-def describe_update(data: Data, batches: Batches, update: int, rank: int, rows: int) -> Iterator[str]:
-    """What a rank was shown in an update, counted from 0: epoch, sample and text of its rows, each masked token as ``[shown|true]``."""
-    stage = batches.stage(update)
+def describe_update(data: Data, batches: Batches, update: int, rank: int, rows: int, *, at: Callable[[int], int] = int) -> Iterator[str]:
+    """What a rank was shown in an update, counted from 0: epoch, sample and text of its rows, each masked token as ``[shown|true]``.
+
+    Args:
+        at: which update's data an update is shown; another one's after a run has passed over some.
+    """
+    shown = at(update)
+    stage = batches.stage(shown)
     plan = stage.plan
-    epochs, samples = batches.samples(update)
+    epochs, samples = batches.samples(shown)
     yield f"update {update}: {plan}, of up to {stage.sequences.seq_len} tokens; rank {rank}:"
+    if shown != update:
+        yield f"its data is that of update {shown} by the config: the run passed over what lies before"
     for micro_step in range(plan.gradient_accumulation_steps):
-        batch = batches.micro_batch(update, micro_step, rank)
+        batch = batches.micro_batch(shown, micro_step, rank)
         for row, (ids, labels) in zip(plan.rows(rank, micro_step), _rows(batch, data.vocabulary.pad_id), strict=True):
             if rows == 0 or samples[row] < 0:
                 return
@@ -55,10 +64,14 @@ def describe_update(data: Data, batches: Batches, update: int, rank: int, rows: 
             yield _marked(data.vocabulary, ids, labels)
 
 
-def hash_stream(batches: Batches, first_update: int, stop_update: int) -> str:
-    """SHA-256 of what the updates from ``first_update`` up to ``stop_update`` show: the same on every cluster and in any division."""
+def hash_stream(batches: Batches, first_update: int, stop_update: int, *, at: Callable[[int], int] = int) -> str:
+    """SHA-256 of what the updates from ``first_update`` up to ``stop_update`` show: the same on every cluster and in any division.
+
+    Args:
+        at: see :func:`describe_update`.
+    """
     digest = hashlib.sha256()
-    for update in range(first_update, stop_update):
+    for update in map(at, range(first_update, stop_update)):
         plan = batches.stage(update).plan
         steps = range(plan.gradient_accumulation_steps)
         dealt = (batches.micro_batch(update, step, rank) for rank in range(plan.world_size) for step in steps)

@@ -2,13 +2,14 @@
 
 The bytes of the corpus, one file behind the other, are divided into as many equal strata as the sample is to have MiB, and the MiB
 around one random point of each is taken: systematic sampling proportional to size. Of what can only be read from its beginning,
-documents are drawn one by one instead, until they make the share that falls to it.
+documents are drawn one by one instead, from all of it. How many bytes they make together is known only to who has read them, since
+compressed text may be any number of times what is stored: so such a part is read twice, first to measure it and then to draw from it.
 """
 
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ from kantai.files import HUB, MIB, File, Piece, Span
 
 _PARQUET_BYTES = 128 * MIB  # its row groups are reached one by one, but how large they are is written at its end
 _LEAST_SHARE = 1 / 16  # of documents kept: to reach some at the end of a large compressed file, all of it would have to be read
-_SPARE = 1.25  # a compressed file may have more text than was thought
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class Draw:
     key: rng.UInt64s
     low: float
     high: float
-    most_bytes: float
+    most_bytes: float = np.inf
+
+
+Reader = Callable[[Piece], Iterator[str]]  # gives the documents of a piece
 
 
 @dataclass
@@ -45,8 +48,8 @@ class Sample:
         """How many files are touched."""
         return len({span.file.path for draw in self.draws for span in draw.piece})
 
-    def read(self, documents: Callable[[Piece], Iterator[str]]) -> Iterator[str]:
-        """Yield the drawn documents; ``documents`` gives those of a piece."""
+    def read(self, documents: Reader) -> Iterator[str]:
+        """Yield the drawn documents."""
         for draw in self.draws:
             before = self.bytes
             for text, number in zip(documents(draw.piece), _numbers(draw.key), strict=False):
@@ -62,27 +65,43 @@ class _Part:
     """What is sampled alone."""
 
     span: Span
-    text_bytes: int
+    text_bytes: int  # about, until it is measured
     splittable: bool
+    measured: bool = False
+
+    def measure(self, documents: Reader) -> "_Part":
+        """The same with the bytes of its documents. What can be cut needs none: it is stored as it is read."""
+        if self.splittable or self.measured:
+            return self
+        return replace(self, text_bytes=sum(len(text.encode()) for text in documents((self.span,))), measured=True)
 
 
 def draw_samples(
-    files: Iterable[File], sample_bytes: int, seed: int, *, splittable: Callable[[File], bool], rest_bytes: int = 10_000_000
+    files: Iterable[File],
+    sample_bytes: int,
+    seed: int,
+    documents: Reader,
+    *,
+    splittable: Callable[[File], bool],
+    rest_bytes: int = 10_000_000,
 ) -> tuple[Sample, Sample]:
-    """A sample of about ``sample_bytes``, and one of at most ``rest_bytes`` that shares no document with it.
+    """A sample of about ``sample_bytes``, and one of about ``rest_bytes`` that shares no document with it.
 
     If the corpus has no more than ``sample_bytes``, all of it is the first, and the second is from the same text.
 
     Args:
+        documents: measures what cannot be cut.
         splittable: whether the parts of a file can be read alone.
     """
     parts = [part for file in files for part in _parts(file, splittable(file))]
+    if sum(part.text_bytes for part in parts) <= sample_bytes:  # by what is stored, of which there may be more text
+        parts = [part.measure(documents) for part in parts]
     ends = np.cumsum([part.text_bytes for part in parts], dtype=np.float64)
     total = int(ends[-1])
     everything = tuple(part.span for part in parts)
-    again = Sample([Draw(everything, rng.fold(seed), 0, rest_bytes / max(total, rest_bytes), rest_bytes)], rest_bytes)
+    again = Sample([Draw(everything, rng.fold(seed), 0, rest_bytes / max(total, rest_bytes))], rest_bytes)
     if total <= sample_bytes:
-        return Sample([Draw(everything, rng.fold(seed), 0, 1, _SPARE * sample_bytes)], total), again
+        return Sample([Draw(everything, rng.fold(seed), 0, 1)], total), again
     chosen = set(_points(total, sample_bytes, rng.fold(seed, 0)))
     sample = _overlaps(parts, ends, chosen)
     others = set()
@@ -91,8 +110,9 @@ def draw_samples(
         if free * MIB < total:
             others.add(free)
     rest = _overlaps(parts, ends, others)
-    drawn = Sample(_draws(parts, sample, {}, seed), sample_bytes)
-    return drawn, Sample(_draws(parts, rest, sample, seed), rest_bytes) if rest else again
+    taken: dict[int, float] = {}
+    drawn = Sample(_draws(parts, sample, taken, seed, documents), sample_bytes)
+    return drawn, Sample(_draws(parts, rest, taken, seed, documents), rest_bytes) if rest else again
 
 
 def _parts(file: File, splittable: bool) -> list[_Part]:
@@ -129,31 +149,29 @@ def _overlaps(parts: list[_Part], ends: npt.NDArray[np.float64], chosen: Iterabl
     return found
 
 
-def _draws(parts: list[_Part], wanted: dict[int, list[tuple[int, int]]], taken: dict[int, list[tuple[int, int]]], seed: int) -> list[Draw]:
-    """What to read for the wanted bytes; drawn documents are others than those for the bytes that are taken."""
+def _draws(
+    parts: list[_Part], wanted: dict[int, list[tuple[int, int]]], taken: dict[int, float], seed: int, documents: Reader
+) -> list[Draw]:
+    """What to read for the wanted bytes: of documents that are drawn, others than the shares that are taken already, which it adds to."""
     spans: list[Span] = []
     draws: list[Draw] = []
     for index, ranges in wanted.items():
-        part, key = parts[index], rng.fold(seed, 2, index)
-        if part.splittable:
-            spans += [Span(part.span.file, start, stop) for start, stop in ranges]
+        if parts[index].splittable:
+            spans += [Span(parts[index].span.file, start, stop) for start, stop in ranges]
             continue
-        share, most_bytes = _share(part, ranges)
-        if index not in taken:
-            draws.append(Draw((part.span,), key, 0, share, most_bytes))
-        elif (low := max(_share(part, taken[index])[0], 1 - share)) < 1:
-            draws.append(Draw((part.span,), key, low, 1, most_bytes))
+        wanted_bytes = sum(stop - start for start, stop in ranges)
+        share, most_bytes = _LEAST_SHARE, float(wanted_bytes)
+        if parts[index].measured or wanted_bytes >= _LEAST_SHARE * parts[index].text_bytes:
+            parts[index] = parts[index].measure(documents)
+            share, most_bytes = min(1.0, wanted_bytes / max(1, parts[index].text_bytes)), np.inf
+        low = max(taken[index], 1 - share) if index in taken else 0.0
+        high = 1.0 if index in taken else share
+        if low < high:
+            taken.setdefault(index, high)
+            draws.append(Draw((parts[index].span,), rng.fold(seed, 2, index), low, high, most_bytes))
     if spans:
-        draws.insert(0, Draw(tuple(spans), rng.fold(seed, 3), 0, 1, np.inf))
+        draws.insert(0, Draw(tuple(spans), rng.fold(seed, 3), 0, 1))
     return draws
-
-
-def _share(part: _Part, ranges: list[tuple[int, int]]) -> tuple[float, float]:
-    """Which share of a part's documents to keep, and after how many bytes to stop."""
-    wanted = sum(stop - start for start, stop in ranges)
-    if wanted / part.text_bytes < _LEAST_SHARE:
-        return _LEAST_SHARE, wanted
-    return wanted / part.text_bytes, _SPARE * wanted
 
 
 def _numbers(key: rng.UInt64s) -> Iterator[float]:

@@ -169,10 +169,9 @@ def open_shards(location: str | Path, *, hashes: bool | None = None, cache: Call
 class ShardWriter:
     """Collects documents and writes a shard whenever enough tokens came together."""
 
-    def __init__(self, prefix: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
         """Write ``PREFIX-000.arrow``, ``PREFIX-001.arrow`` and so on."""
-        self.prefix, self.shard_tokens, self.dtype = prefix, shard_tokens, token_dtype(vocab_size)
-        self.token_counts = np.zeros(vocab_size, np.int64)
+        self.prefix, self.shard_tokens, self.dtype = prefix, shard_tokens, dtype
         self.shards: list[dict[str, Any]] = []
         self._start()
 
@@ -198,7 +197,6 @@ class ShardWriter:
     def _write(self) -> None:
         tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
         self._start()
-        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
         self.shards.append(write_shard(self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):03d}.arrow"), tokens, lengths))
 
 

@@ -192,6 +192,9 @@ def load_tokenizer(folder: Path) -> Vocabulary:
         model = json.loads(tokenizer.to_str())["model"]
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path} is not a tokenizer: {error}") from None
+    # A Hugging Face file may carry the settings of its last use, which would cut or fill documents without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     ids = {token: number for token in SPECIAL_TOKENS if (number := tokenizer.token_to_id(token)) is not None}
     missing = [token for token in SPECIAL_TOKENS if token not in ids]
     if missing:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from kantai import UserError
-from kantai.checkpoint import digest, publish, record, replaced
+from kantai.checkpoint import Damaged, digest, publish, read_manifest, record, replaced
 from kantai.corpus import Unit, documents
 from kantai.files import Piece
 from kantai.lines import Report
@@ -37,6 +37,7 @@ _TRAIN, _HELD_OUT = SPLITS
 _FORMAT = 1  # of the pieces; those of another one are made again
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 4096
 _BUCKET_DOCUMENTS = 1 << 22  # whose fingerprints are compared at once
+_COUNTED_AT_ONCE = 1 << 20
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -105,7 +106,8 @@ def tokenize(job: Job, *, part: int = 0, parts: int = 1, processes: int | None =
     if not 0 <= part < parts:
         raise UserError(f"--part {part} must be one of 0 to {parts - 1}, as --parts is {parts}")
     if job.output.exists():
-        shutil.rmtree(job.output / job.work.name, ignore_errors=True)  # a kill came between publishing and tidying up
+        if _is_published(job.output):  # and a kill came before its pieces were tidied up; what else is there is not ours to remove
+            shutil.rmtree(job.output / job.work.name, ignore_errors=True)
         raise UserError(f"{job.output} exists already; remove it or choose another output")
     missing = [number for number in range(part, len(job.pieces), parts) if job.record(number) is None]
     job.work.mkdir(parents=True, exist_ok=True)
@@ -134,7 +136,7 @@ def merge(job: Job) -> dict[str, Any]:
         _find_doubles(job, sum(shard["documents"] for found in done for split in SPLITS for shard in found[split]))
     counts = sum((_arrays(job, number)["counts"].astype(np.int64) for number in range(len(done))), np.zeros((2, vocab_size), np.int64))
     train: list[dict[str, Any]] = []
-    held_out = ShardWriter(folder / _HELD_OUT, vocab_size)
+    held_out = ShardWriter(folder / _HELD_OUT, token_dtype(vocab_size))
     duplicates = 0
     for number, found in enumerate(done):
         for row, split in enumerate(SPLITS):
@@ -145,7 +147,7 @@ def merge(job: Job) -> dict[str, Any]:
                     train.append(shard)
                     continue
                 tokens, lengths, dropped = _without(job.shard(shard["file"]), doubles)
-                counts[row] -= np.bincount(dropped, minlength=vocab_size)
+                counts[row] -= _counted(dropped, vocab_size)
                 if split == _HELD_OUT:
                     held_out.add(tokens, lengths)  # a piece has few of them: together they fill shards
                 elif len(lengths):
@@ -186,6 +188,13 @@ def describe(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {len(split['shards'])} shards"
 
 
+def _is_published(folder: Path) -> bool:
+    try:
+        return read_manifest(folder).get("kind") == "shards"
+    except Damaged:
+        return False
+
+
 class _Worker:
     """Writes pieces, one after another."""
 
@@ -195,7 +204,8 @@ class _Worker:
     def write(self, number: int) -> None:
         """Write a piece's shards and, last, its record."""
         job, report, dtype = self.job, Report(), token_dtype(self.vocabulary.size)
-        writers = {split: ShardWriter(job.work / f"{split}-{number:06d}", self.vocabulary.size) for split in SPLITS}
+        writers = {split: ShardWriter(job.work / f"{split}-{number:06d}", dtype) for split in SPLITS}
+        counts = np.zeros((2, self.vocabulary.size), np.int64)
         fingerprints: dict[str, list[UInt64s]] = {split: [np.zeros((0, 2), np.uint64)] for split in SPLITS}
         for texts in _batched(documents(job.pieces[number], job.unit, job.text_field, report)):
             digests, size = _fingerprints(texts)
@@ -203,14 +213,15 @@ class _Worker:
             # A document's split depends on its text alone, so that the same text is never both trained on and held out.
             held_out = digests[:, 0] * 2.0**-64 < job.held_out_share
             of_token = np.repeat(held_out, lengths)
-            for split, these, their_tokens in ((_TRAIN, ~held_out, ~of_token), (_HELD_OUT, held_out, of_token)):
+            for row, split, these, of_these in ((0, _TRAIN, ~held_out, ~of_token), (1, _HELD_OUT, held_out, of_token)):
                 if these.any():
-                    writers[split].add(tokens[their_tokens], lengths[these])
+                    of_split = tokens[of_these]
+                    writers[split].add(of_split, lengths[these])
+                    counts[row] += _counted(of_split, self.vocabulary.size)
                     if job.unique:
                         fingerprints[split].append(digests[these])
             self.progress(size)
         shards = {split: writers[split].close() for split in SPLITS}
-        counts = np.stack([writers[split].token_counts for split in SPLITS])
         found_in = {split: np.concatenate(fingerprints[split]) for split in SPLITS}
         with replaced(job.work / f"{number:06d}.npz") as path, path.open("wb") as file:
             np.savez_compressed(file, counts=counts, train=found_in[_TRAIN], held_out=found_in[_HELD_OUT])
@@ -301,6 +312,12 @@ def _ended(ids: npt.NDArray[Any], lengths: Int64s, *, eos_id: int, dtype: np.dty
     tokens = np.empty(len(is_end), dtype)
     tokens[is_end], tokens[~is_end] = eos_id, ids
     return tokens, lengths + 1
+
+
+def _counted(tokens: npt.NDArray[Any], vocab_size: int) -> Int64s:
+    """How often each entry of the vocabulary occurs; in slices, since ``bincount`` makes eight bytes of every token."""
+    slices = (tokens[start : start + _COUNTED_AT_ONCE] for start in range(0, len(tokens), _COUNTED_AT_ONCE))
+    return sum((np.bincount(part, minlength=vocab_size) for part in slices), np.zeros(vocab_size, np.int64))
 
 
 def _find_doubles(job: Job, documents: int) -> None:

@@ -24,18 +24,19 @@ def main() -> None:
     parser.add_argument("--unique", action="store_true", help="of documents with exactly the same text, keep the first")
     parser.add_argument("--processes", type=int, help="processes at work (default: one a core)")
     parser.add_argument("--part", type=int, help="do only this part of the work, counted from 0")
-    parser.add_argument("--parts", type=int, default=1, help="parts that the work is divided into")
+    parser.add_argument("--parts", type=int, help="parts that the work is divided into")
     parser.add_argument("--merge", action="store_true", help="put together what all parts have done")
     arguments = parser.parse_args()
 
-    if (arguments.part is None) != (arguments.parts == 1) or (arguments.merge and arguments.part is not None):
+    if (arguments.part is None) != (arguments.parts is None) or (arguments.merge and arguments.part is not None):
         raise UserError("give --part and --parts together, and --merge without them")
     found = pieces(find_files(arguments.input), arguments.document)
     source = {"input": arguments.input, "document": arguments.document}
     how = arguments.document, arguments.text_field, arguments.tokenizer, arguments.output
     job = Job(found, *how, source, held_out_share=arguments.held_out, unique=arguments.unique)
     if not arguments.merge:
-        tokenize(job, part=arguments.part or 0, parts=arguments.parts, processes=arguments.processes)
+        part, parts = arguments.part or 0, 1 if arguments.parts is None else arguments.parts
+        tokenize(job, part=part, parts=parts, processes=arguments.processes)
     if arguments.part is None:
         print(*describe(merge(job)), sep="\n")
 

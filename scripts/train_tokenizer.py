@@ -6,6 +6,7 @@ python scripts/train_tokenizer.py --input corpus.txt --output tokenizer --vocab_
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 from kantai import UserError, run_command
@@ -26,22 +27,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     arguments = parser.parse_args()
     check_numbers(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
-
-    unit, field, report = arguments.document, arguments.text_field, Report()
+    unit, report = arguments.document, Report()
+    read = partial(documents, unit=unit, text_field=arguments.text_field)
     with staged(arguments.output, kind="tokenizer") as folder:
         files = find_files(arguments.input)
-        sample, rest = draw_samples(files, int(arguments.sample_bytes), arguments.seed, splittable=lambda file: splittable(file, unit))
-        texts = with_bar(sample.read(lambda piece: documents(piece, unit, field, report)), sample.expected_bytes, "reading")
+        sample, rest = draw_samples(files, int(arguments.sample_bytes), arguments.seed, read, splittable=partial(splittable, unit=unit))
+        texts = with_bar(sample.read(partial(read, report=report)), sample.expected_bytes, "reading")
         save_tokenizer(train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency), folder)
         vocabulary = load_tokenizer(folder)
         if vocabulary.size == 261:
             raise UserError("the corpus filled no entry beyond the single bytes: bring more text, or lower --min_frequency")
-        fit = coverage(vocabulary, rest.read(lambda piece: documents(piece, unit, field)))
+        fit = coverage(vocabulary, rest.read(read))
         sizes = {"corpus_bytes": sum(file.text_bytes for file in files), "corpus_files": len(files), "sample_bytes": sample.bytes}
         content = {**sizes, "sample_files": sample.files, "seed": arguments.seed, "coverage": fit, "read": dataclasses.asdict(report)}
         (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(*report.notes(), f"{arguments.output}: the corpus filled {vocabulary.size:,} of {arguments.vocab_size:,} entries", sep="\n")
-    print(f"trained on {sample.bytes:,} of {sizes['corpus_bytes']:,} bytes, in {sample.files:,} of {len(files):,} files")
+    print(f"trained on {sample.bytes:,} of about {sizes['corpus_bytes']:,} bytes, in {sample.files:,} of {len(files):,} files")
     print(f"{fit['bytes_per_token']:.2f} bytes and {fit['words_per_token']:.2f} words a token, {fit['one_token_words']:.0%} of words whole")
 
 

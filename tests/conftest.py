@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 from typing import TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kantai.checkpoint import staged
 from kantai.corpus import documents, pieces
@@ -19,6 +20,9 @@ from kantai.tokenizing import Job, merge, tokenize
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none shall pass or fail by it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# How long an example takes says how busy the machine is.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 CORPUS_CHARACTERS = 350_000
 VOCAB_SIZE = 1000

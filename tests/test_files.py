@@ -16,7 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kantai import UserError
@@ -39,6 +39,43 @@ def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None
         written(tmp_path / "corpus" / name, "x")
     found = find_files([str(tmp_path / "corpus")])
     assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == ["a/b/c.jsonl", "a/z.txt", "b.txt"]
+
+
+def test_a_glob_searches_the_directories_that_it_matches(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    names = ["a.txt", "b/c.txt", "b/d/e.txt", "b-/x.txt", "f/g.txt"]
+    for name in (*names, "b/.hidden/x.txt", ".git/config"):
+        written(tmp_path / name, "x")
+        memory.pipe(f"/corpus/{name}", b"x")
+    for place, found_of in ((tmp_path, "*"), (tmp_path, "**"), (tmp_path, "**/*"), (tmp_path, "[abf]*")):
+        assert [os.path.relpath(file.path, place) for file in find_files([f"{place}/{found_of}"])] == sorted(
+            names, key=lambda n: n.split("/")
+        )
+    for pattern in ("*", "**", "**/*"):
+        found = [
+            file.path.removeprefix("memory:///corpus/").removeprefix("memory://corpus/")
+            for file in find_files([f"memory://corpus/{pattern}"])
+        ]
+        assert found == sorted(names, key=lambda name: name.split("/"))
+
+
+def test_linked_directories_are_searched_once_and_circles_end(tmp_path: Path) -> None:
+    written(tmp_path / "elsewhere" / "deep" / "a.txt", "x")
+    written(tmp_path / "corpus" / "b.txt", "x")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "twice").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "deep" / "circle").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "z.txt").symlink_to("b.txt")
+    for name in (str(tmp_path / "corpus"), str(tmp_path / "corpus" / "*")):
+        assert [os.path.relpath(file.path, tmp_path / "corpus") for file in find_files([name])] == ["b.txt", "linked/deep/a.txt", "z.txt"]
+
+
+@pytest.mark.parametrize("given", ["corpus", "corpus/*", "corpus/sub", "corpus/sub/part*.txt", "corpus/sub/part-1.txt"])
+@pytest.mark.parametrize("target", ["/mnt/gone/part-1.txt", "part-1.txt"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, given: str, target: str) -> None:
+    written(tmp_path / "corpus" / "sub" / "part-0.txt", "x")
+    (tmp_path / "corpus" / "sub" / "part-1.txt").symlink_to(target)
+    with pytest.raises(UserError, match=rf"corpus/sub/part-1\.txt is a link to {target}, which cannot be read: .*; mend or remove it"):
+        find_files([str(tmp_path / given)])
 
 
 def test_hidden_parents_do_not_hide_a_directory(tmp_path: Path) -> None:
@@ -225,7 +262,6 @@ def test_data_sets_of_the_hub_are_streamed_shard_by_shard(tmp_path: Path) -> Non
 sizes = st.lists(st.tuples(st.integers(0, 300), st.sampled_from([".txt", ".txt.gz", ".csv", ".jsonl"])), max_size=12)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(sizes, st.integers(1, 150))
 def test_pieces_cover_every_byte_once_in_order(files: list[tuple[int, str]], piece_bytes: int) -> None:
     found = [File(f"{number}{suffix}", size, "") for number, (size, suffix) in enumerate(files)]

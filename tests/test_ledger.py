@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import CONFIG, script
 
+from kantai.config import load_config, save_config
 from kantai.shards import open_shards
 from kantai.tokenizer import load_tokenizer
 
@@ -27,6 +29,9 @@ def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> Non
     assert f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} shards" in said
     longest = max(int(shard.lengths.max()) for shard in train)
     assert f"mean {train.tokens.sum() / train.documents.sum():,.1f}; 0 %: " in said and f"100 %: {longest:,}" in said
+    lengths = np.concatenate([shard.lengths for shard in train])
+    shares = [np.clip(lengths - seq_len + 1, 0, None).sum() / lengths.sum() for seq_len in (128, 512)]
+    assert f"tokens left out   {shares[0]:.1%} at seq_len 128, {shares[1]:.1%} at seq_len 512: " in said and shares[0] > 0.1
     assert "'</s>' " in said and "' the' " in said
     assert "' the' " not in printed("--shards", many_shards_dir)  # ids alone, without their tokenizer
 
@@ -67,6 +72,20 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
         ("--batch.global_batch_size=11",),
     ]
     assert len({found, hashed(5, 24), hashed(6, 25), *(hashed(5, 25, *change) for change in others)}) == 3 + len(others)
+
+
+def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: list[str], tmp_path: Path) -> None:
+    run = [*settings, f"--run_dir={tmp_path}"]
+    by_the_config = {what: printed(*run, *what) for what in (("--update", 9), ("--hash", 9, 12), ("--update", 3))}
+    save_config(load_config(settings[1], run[2:]), tmp_path / "config.yaml")
+    (tmp_path / "passed_over.jsonl").write_text('{"from_update": 4, "first": 4, "stop": 8}\n')
+    said = printed(*run, "--update", 5)
+    assert "its data is that of update 9 by the config: the run passed over" in said
+    assert said.split("\nrow ")[1:] == by_the_config["--update", 9].split("\nrow ")[1:]
+    assert printed(*run, "--hash", 5, 8).split()[-1] == by_the_config["--hash", 9, 12].split()[-1]
+    assert printed(*run, "--update", 3) == by_the_config["--update", 3]
+    done = script("inspect_data", *run, "--seed=77", "--update", 5)
+    assert done.returncode == 2 and "belongs to a run of another config: seed was 0 and is 77" in done.stderr
 
 
 @pytest.mark.parametrize(

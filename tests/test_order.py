@@ -44,7 +44,7 @@ def test_keys_depend_on_every_part_and_their_order() -> None:
     assert rng.fold(1, np.array([2, 3]), 4).tolist() == [int(rng.fold(1, 2, 4)[0]), int(rng.fold(1, 3, 4)[0])]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**40))
 def test_permute_is_a_bijection(size: int, seed: int, epoch: int) -> None:
     assert sorted(permute(np.arange(size), size, rng.fold(seed, epoch)).tolist()) == list(range(size))
@@ -64,7 +64,7 @@ def test_huge_sizes_stay_in_range_and_collide_nowhere(size: int) -> None:
     assert chi_square_is_plausible(np.histogram(found, bins=100, range=(0, size))[0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     samples_per_shard=st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(any),
     window=st.integers(1, 10),

@@ -1,6 +1,7 @@
 """A sample is a fixed part of a corpus in which every part of it is in proportion, and the rest shares no document with it."""
 
 import gzip
+import lzma
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from kantai.corpus import documents, pieces, splittable
 from kantai.files import MIB, File, find_files
 from kantai.sample import Sample, draw_samples
+
+COMPRESSORS = {"gz": gzip.compress, "xz": lzma.compress, "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
 
 
 def lines(name: str, number: int) -> list[str]:
@@ -31,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
 
 
 def drawn(files: list[File], sample_bytes: int, seed: int = 0) -> tuple[Sample, list[str], list[str]]:
-    samples = draw_samples(files, sample_bytes, seed, splittable=lambda file: splittable(file, None), rest_bytes=2 * MIB)
+    samples = draw_samples(files, sample_bytes, seed, documents, splittable=lambda file: splittable(file, None), rest_bytes=2 * MIB)
     sample, rest = (list(sample.read(documents)) for sample in samples)
     return samples[0], sample, rest
 
@@ -76,6 +79,41 @@ def test_of_small_files_that_cannot_be_cut_no_more_is_drawn(tmp_path: Path, numb
     assert sample.bytes == pytest.approx(sample_bytes, rel=0.2)
     assert len(texts) == sample.files * length
     assert set(rest).isdisjoint(texts)
+
+
+def repeated(name: str, number: int) -> list[str]:
+    """Of 64 bytes each, which compress well."""
+    return [f"{name} {'the same again and ' * 2}{index:021d}" for index in range(number)]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "txt.gz", "txt.xz", "txt.zst"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(tmp_path: Path, suffix: str, share: float) -> None:
+    """Also where all that is stored is less than the sample, and where the files' ends would come after it is full."""
+    number = 60_000
+    for name in "0123":
+        content, path = repeated(name, number), tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": content}), path, compression="zstd", row_group_size=10_000)
+        else:
+            path.write_bytes(COMPRESSORS[suffix.removeprefix("txt.")]("\n".join(content).encode()))
+    files = find_files([str(tmp_path)])
+    stored = sum(file.text_bytes for file in files)
+    assert stored < 3 * number * 64  # a quarter less than there is, or more
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kantai.sample.MIB", 1 << 14)  # files of some size, as to the sample
+        sample, texts, rest = drawn(files, int(share * stored))
+    assert sample.bytes == pytest.approx(share * stored, rel=0.1)
+    for some in (texts, rest):
+        quarters = Counter((text[0], int(text[-21:]) * 4 // number) for text in some)
+        assert len(quarters) == 16 and min(quarters.values()) > max(quarters.values()) / 3
+    assert set(rest).isdisjoint(texts)
+
+
+def test_a_corpus_that_is_less_than_the_sample_is_used_whole_however_it_is_stored(tmp_path: Path) -> None:
+    content = repeated("0", 60_000)
+    pq.write_table(pa.table({"text": content}), tmp_path / "a.parquet", compression="zstd")
+    assert drawn(find_files([str(tmp_path)]), 5 * MIB)[1] == content
 
 
 def test_a_little_of_a_large_compressed_file_is_not_sought_at_its_end(tmp_path: Path) -> None:

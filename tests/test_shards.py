@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from commands import CONFIG
 
 from kantai import UserError
 from kantai.checkpoint import digest
+from kantai.config import load_config
 from kantai.corpus import documents, pieces
+from kantai.data import open_data
 from kantai.files import find_files
-from kantai.shards import SHARD_TOKENS, SPLITS, Shard, ShardWriter, map_shard, open_shards
+from kantai.shards import SHARD_TOKENS, SPLITS, Shard, ShardWriter, map_shard, open_shards, token_dtype
 from kantai.tokenizer import load_tokenizer
 from kantai.tokenizing import Job, merge, tokenize
 
@@ -25,10 +29,10 @@ EOS = 2
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
 
 
-def written(folder: Path, texts: list[str], vocab_size: int = 256, shard_tokens: int = SHARD_TOKENS) -> list[dict[str, Any]]:
+def written(folder: Path, texts: list[str], shard_tokens: int = SHARD_TOKENS) -> list[dict[str, Any]]:
     """Shards of the bytes of texts, document by document."""
     folder.mkdir()
-    writer = ShardWriter(folder / "train", vocab_size, shard_tokens)
+    writer = ShardWriter(folder / "train", np.dtype(np.uint16), shard_tokens)
     for text in texts:
         ids = np.array([*text.encode(), EOS])
         writer.add(ids, np.array([len(ids)]))
@@ -63,12 +67,11 @@ def test_documents_come_back_in_order(tmp_path: Path, shard_tokens: int) -> None
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_a_token_takes_two_bytes_where_they_hold_it(tmp_path: Path, vocab_size: int, dtype: type) -> None:
-    writer = ShardWriter(tmp_path / "train", vocab_size)
+    writer = ShardWriter(tmp_path / "train", token_dtype(vocab_size))
     writer.add(np.array([vocab_size - 1, EOS] * 1000), np.full(1000, 2))
     (entry,) = writer.close()
     shard = opened(tmp_path / entry["file"])
     assert shard.tokens.dtype == dtype and shard.tokens[:4].tolist() == [vocab_size - 1, EOS] * 2
-    assert writer.token_counts.nonzero()[0].tolist() == [EOS, vocab_size - 1]
 
 
 def test_the_real_tokenizers_ids_are_kept(shards_dir: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
@@ -106,6 +109,20 @@ def test_a_set_opens_a_shard_when_it_is_asked_for_and_lets_go_of_those_not_used(
     assert [reference() is not None for reference in mapped] == [True, False, True, True, True]
     assert len(train) > 10 and train.tokens.tolist() == [len(shard.tokens) for shard in train]
     assert train.documents.tolist() == [len(shard.lengths) for shard in train]
+
+
+def test_all_shards_of_a_window_stay_open(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """What is fetched takes space while it is open: of that, no more."""
+    fsspec.filesystem("memory").put(str(shards_dir), "/window", recursive=True)
+    for where, window, expected in (
+        (shards_dir, 64, 512),
+        (shards_dir, 600, 601),
+        ("memory://window", 64, 65),
+        ("memory://window", 600, 601),
+    ):
+        settings = [f"--data.shards={where}", f"--data.tokenizer={tokenizer_dir}", f"--data.cache_dir={tmp_path}"]
+        data = open_data(load_config(CONFIG, [*settings, "--data.seq_len=32", f"--data.shuffle_window={window}"]))
+        assert [split.open_at_once for split in data.shards.splits.values()] == [expected] * 2
 
 
 def test_a_text_lands_in_the_same_split_whatever_else_there_is(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -162,6 +179,19 @@ def test_output_that_exists_is_refused_and_left_alone(tmp_path: Path, shards_dir
         tokenize(Job(cut, "line", "text", tokenizer_dir, tmp_path / "shards", {}))
     for path in shards_dir.iterdir():
         assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_from_shards_of_ours_pieces_are_tidied_up(
+    tmp_path: Path, shards_dir: Path, corpus_file: Path, tokenizer_dir: Path, ours: bool
+) -> None:
+    shutil.copytree(shards_dir if ours else tokenizer_dir, tmp_path / "output")
+    (tmp_path / "output" / "pieces").mkdir()
+    (tmp_path / "output" / "pieces" / "thesis.tex").write_text("years of work")
+    job = Job(pieces(find_files([str(corpus_file)]), "line"), "line", "text", tokenizer_dir, tmp_path / "output", {})
+    with pytest.raises(UserError, match="output exists already"):
+        tokenize(job)
+    assert (tmp_path / "output" / "pieces").exists() != ours
 
 
 def flip_a_bit(path: Path) -> None:

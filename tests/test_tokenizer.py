@@ -161,6 +161,16 @@ def test_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> N
         load_tokenizer(tmp_path)
 
 
+def test_what_another_program_set_cuts_and_fills_no_documents(tmp_path: Path, tokenizer_dir: Path) -> None:
+    foreign = load_tokenizer(tokenizer_dir)
+    foreign.tokenizer.enable_truncation(8)
+    foreign.tokenizer.enable_padding(pad_id=1, pad_token="<pad>", pad_to_multiple_of=8)
+    foreign.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = ["word " * 600, "short"]
+    ours, theirs = (load_tokenizer(folder).encode(texts) for folder in (tokenizer_dir, tmp_path))
+    assert [array.tolist() for array in theirs] == [array.tolist() for array in ours]
+
+
 def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     content = (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8")
@@ -184,7 +194,7 @@ def vocabulary(tokenizer_dir: Path) -> Vocabulary:
 ATOMS = [" ", "  ", "\n", "\t", "\u00a0", "\x1c", "a", "it's", " über", "42 ", ".", "_", "e\u0301", "🙂", "</s>", "<mask>"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=20).map("two words".join), max_size=5))
 def test_long_documents_are_cut_for_the_encoder_without_a_trace(vocabulary: Vocabulary, texts: list[str]) -> None:
     whole = vocabulary.encode(texts)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from commands import ENVIRONMENT, ROOT
+from commands import ENVIRONMENT, ROOT, script
 
 from kantai import UserError, tokenizing
 from kantai.corpus import pieces
 from kantai.files import find_files
-from kantai.shards import SPLITS, open_shards
+from kantai.shards import SHARD_TOKENS, SPLITS, open_shards
 from kantai.tokenizing import Job, merge, tokenize
 
 MakeJob = Callable[..., Job]
@@ -187,6 +188,27 @@ def test_bad_input_keeps_what_is_done_and_names_the_place(make_job: MakeJob, tmp
 def test_parts_are_counted_from_0(make_job: MakeJob, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tokenize(make_job("shards"), **arguments)
+
+
+def test_one_part_of_one_is_a_part(make_job: MakeJob, tmp_path: Path, corpus_file: Path) -> None:
+    """As in an array that turned out to have a single task."""
+    where = ["--input", corpus_file, "--tokenizer", make_job("x").tokenizer, "--output", tmp_path / "shards"]
+    for arguments in (["--part", 0, "--parts", 1], ["--merge"]):
+        assert not (tmp_path / "shards").exists()
+        done = script("tokenize_corpus", *where, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert open_shards(tmp_path / "shards").manifest["splits"]["train"]["documents"]
+
+
+def test_counting_a_shard_takes_less_memory_than_the_shard() -> None:
+    tokens = np.arange(SHARD_TOKENS).astype(np.uint16) % 1000
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    counts = tokenizing._counted(tokens, 1000)
+    most = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert counts.tolist() == np.bincount(tokens).tolist()
+    assert most < tokens.nbytes / 4
 
 
 def test_a_merge_forgets_what_another_one_left(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,8 @@ class Requests:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self.end_time = float(end) if end.isdigit() else None
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            # nohup says that nobody minds the terminal's end. The others are listened to even where a launcher has them ignored for itself.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
         _end_at_the_second_signal()
 

@@ -5,6 +5,7 @@ lacks something. What all nodes lack is no node's fault: it is the set-up that i
 """
 
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -31,12 +33,15 @@ from kantai.config import Config
 GIB, MIB = 1 << 30, 1 << 20
 CLOCK_SECONDS = 1.0  # files' times and log lines of several nodes are compared by users and by make-like caches
 SLOW_DISK, SLOW_LINKS = 0.1, 0.5  # of the median of all nodes: disks have neighbours, GPUs' links have none
+SLOW_DISK_MIB = 50.0  # a second; what writes faster is not slow, however fast the others are
 SCRATCH_GIB = 1.0
 USED_MIB = 2048  # of a GPU, before a run: more than a driver takes
 # Errors that a GPU does not get over without a reset or a repair (NVIDIA, XID Errors); others, such as 13 and 31, are the program's.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 _WRITTEN_BYTES = 32 * MIB
 _TIMEOUT_SECONDS = 60.0
+_COMING_SECONDS = 300.0  # that a node has to come after the first: 64 that import torch from a cold disk take minutes
+_CLOCK_EXCHANGES = 5
 
 
 @dataclass(frozen=True)
@@ -106,17 +111,31 @@ def meet(facts: Facts, nodes: Sequence[str], number: int, address: str, port: in
     Returns:
         On the first node the facts of all that answered in time; on the others nothing.
     """
-    end = time.monotonic() + _TIMEOUT_SECONDS
-    store = TCPStore(address, port, is_master=number == 0, wait_for_workers=False, timeout=timedelta(seconds=3 * _TIMEOUT_SECONDS))
+    # It waits twice as long for the first node, which may come late itself.
+    store = TCPStore(address, port, is_master=number == 0, wait_for_workers=False, timeout=timedelta(seconds=2 * _COMING_SECONDS))
     mark = Path(facts.run.path) / f".preflight-{port}-{facts.node}"
     try:
-        sees = [] if facts.run.error else _marks_seen(store, mark, len(nodes))
+        if not facts.run.error:
+            mark.touch()
+            store.add("marks", 1)
+        store.add("here", 1)
+        end = time.monotonic() + _COMING_SECONDS
+        while number == 0 and store.add("here", 0) < len(nodes) and time.monotonic() < end:
+            time.sleep(0.05)
+        if number == 0:
+            store.set("all here", "")
+        store.wait(["all here"])
+        sees = [] if facts.run.error else _marks_seen(mark, store.add("marks", 0))
         if number > 0:
             store.set(f"facts/{number}", json.dumps(asdict(facts) | {"sees": sees}))
-            store.wait([f"ask/{number}"])
-            store.set(f"clock/{number}", str(time.time()))
+            for exchange in range(_CLOCK_EXCHANGES):
+                store.wait([f"ask/{number}/{exchange}"])
+                store.set(f"clock/{number}/{exchange}", str(time.time()))
             return []
-        return [replace(facts, sees=sees), *(found for other in range(1, len(nodes)) if (found := _ask(store, other, end)) is not None)]
+        others = range(1, len(nodes))
+        with suppress(distributed.DistStoreError):  # until all have looked: the file of one that is asked goes
+            store.wait([f"facts/{other}" for other in others], timedelta(seconds=_TIMEOUT_SECONDS / 2))
+        return [replace(facts, sees=sees), *(found for other in others if (found := _ask(store, other)) is not None)]
     finally:
         mark.unlink(missing_ok=True)
 
@@ -124,7 +143,8 @@ def meet(facts: Facts, nodes: Sequence[str], number: int, address: str, port: in
 def judge(found: Sequence[Facts], nodes: Sequence[str], need_gib: float) -> dict[str, list[str]]:
     """What is wrong with each node, in words; nothing for a good one."""
     clock = statistics.median(facts.clock_seconds for facts in found)
-    disk = {name: statistics.median(getattr(facts, name).mib_per_second for facts in found) for name in ("run", "scratch")}
+    allowed_seconds = CLOCK_SECONDS if len(found) > 2 else math.inf  # of two, either may be right, and the table shows it
+    disk = {name: _usual_speed([getattr(facts, name) for facts in found]) for name in ("run", "scratch")}
     links = statistics.median(facts.reduce_gib_per_second for facts in found)
     usual = {name: statistics.mode(facts.versions.get(name, "none") for facts in found) for facts in found for name in facts.versions}
     crowd = max((set(facts.sees) for facts in found), key=len)
@@ -135,7 +155,7 @@ def judge(found: Sequence[Facts], nodes: Sequence[str], need_gib: float) -> dict
             *([f"{facts.gpus_found} of {facts.gpus_given} GPUs"] if facts.gpus_found < facts.gpus_given else []),
             *([f"torch finds {facts.gpus_for_torch} of {facts.gpus_found} GPUs"] if facts.gpus_for_torch < facts.gpus_found else []),
             *(f"{name} {facts.versions.get(name, 'none')}, not {usual[name]}" for name in usual if facts.versions.get(name) != usual[name]),
-            *([f"clock is {facts.clock_seconds - clock:+.1f} s off"] if abs(facts.clock_seconds - clock) > CLOCK_SECONDS else []),
+            *([f"clock is {facts.clock_seconds - clock:+.1f} s off"] if abs(facts.clock_seconds - clock) > allowed_seconds else []),
             *_folder_complaints(facts.run, need_gib, disk["run"]),
             *_folder_complaints(facts.scratch, SCRATCH_GIB, disk["scratch"]),
             *(
@@ -191,29 +211,26 @@ def place() -> tuple[int, str, int]:
     return int(env.get("SLURM_PROCID", "0")), env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29555"))
 
 
-def _ask(store: TCPStore, other: int, end: float) -> Facts | None:
-    """Another node's facts, and how far its clock is ahead of this one's; None where it does not answer in time."""
+def _ask(store: TCPStore, other: int) -> Facts | None:
+    """Another node's facts, and how far its clock is ahead of this one's; None where it does not answer."""
+    clocks = []  # (seconds an exchange took, seconds ahead): the quickest is the most exact
     try:
-        store.wait([f"facts/{other}"], timedelta(seconds=max(1.0, end - time.monotonic())))
+        store.wait([f"facts/{other}"], timedelta(seconds=1))
         answer = json.loads(store.get(f"facts/{other}"))
-        asked = time.time()
-        store.set(f"ask/{other}", "")
-        store.wait([f"clock/{other}"], timedelta(seconds=10))
-        clock = float(store.get(f"clock/{other}")) - (asked + time.time()) / 2
+        for exchange in range(_CLOCK_EXCHANGES):
+            asked = time.time()
+            store.set(f"ask/{other}/{exchange}", "")
+            store.wait([f"clock/{other}/{exchange}"], timedelta(seconds=10))
+            answered = time.time()
+            clocks.append((answered - asked, float(store.get(f"clock/{other}/{exchange}")) - (asked + answered) / 2))
     except distributed.DistStoreError:
         return None
-    return Facts(**answer | {"run": Folder(**answer["run"]), "scratch": Folder(**answer["scratch"]), "clock_seconds": clock})
+    return Facts(**answer | {"run": Folder(**answer["run"]), "scratch": Folder(**answer["scratch"]), "clock_seconds": min(clocks)[1]})
 
 
-def _marks_seen(store: TCPStore, mark: Path, nodes: int) -> list[str]:
-    """Nodes whose files are there once every node has made its own. Shared file systems may show them some seconds late."""
+def _marks_seen(mark: Path, made: int) -> list[str]:
+    """Nodes whose files are there, beside this one's own. Shared file systems may show them some seconds late."""
     stem = mark.name.removesuffix(mark.name.rpartition("-")[2])
-    mark.touch()
-    store.add("marks", 1)
-    made = 0
-    end = time.monotonic() + _TIMEOUT_SECONDS / 2
-    while time.monotonic() < end and (made := store.add("marks", 0)) < nodes:
-        time.sleep(0.05)
     seen: set[str] = set()
     end = time.monotonic() + _TIMEOUT_SECONDS / 6
     while time.monotonic() < end and len(seen) < made:
@@ -276,12 +293,17 @@ def _folder(path: Path) -> Folder:
         file.unlink(missing_ok=True)
 
 
+def _usual_speed(folders: Sequence[Folder]) -> float:
+    """In MiB a second; of the folders that could be written to."""
+    return statistics.median([folder.mib_per_second for folder in folders if not folder.error] or [0.0])
+
+
 def _folder_complaints(folder: Folder, need_gib: float, usual_mib_per_second: float) -> list[str]:
     if folder.error:
         return [folder.error]
     if folder.free_gib < need_gib:
         return [f"{folder.path} has less than {need_gib:.1f} GiB free"]  # in the same words on all nodes
-    return [f"{folder.path} is slow"] if folder.mib_per_second < SLOW_DISK * usual_mib_per_second else []
+    return [f"{folder.path} is slow"] if folder.mib_per_second < min(SLOW_DISK_MIB, SLOW_DISK * usual_mib_per_second) else []
 
 
 def _all_reduce() -> tuple[str, float, str]:

@@ -28,7 +28,7 @@ else
   corpus=$work/corpus/corpus.txt
 fi
 case "$corpus" in
-  *.jsonl | *.jsonl.* | *.csv | *.csv.* | *.parquet) document=record ;;
+  *.json | *.json.* | *.jsonl | *.jsonl.* | *.ndjson | *.ndjson.* | *.csv | *.csv.* | *.parquet) document=record ;;
   *.gz | *.xz | *.zst) document=paragraph ;;
   *) if grep -qE '^[[:space:]]*$' "$corpus"; then document=paragraph; else document=line; fi ;;
 esac

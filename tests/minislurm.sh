@@ -27,7 +27,7 @@ in_holder() {
 ask() {
   local answer="$dir/run/answer.$$.$RANDOM"
   echo "$answer $*" >"$dir/run/requests"
-  for _ in $(seq 600); do
+  for _ in $(seq 1800); do
     if [ -e "$answer" ]; then code=$(cat "$answer"); rm -f "$answer"; return "$code"; fi
     sleep 0.05
   done
@@ -74,7 +74,7 @@ holder() { # process 1 of the holder namespace
   rm -f "$dir/run/requests"; mkfifo "$dir/run/requests"; exec 9<>"$dir/run/requests"
   start_controller
   for i in $(seq 1 "$nodes"); do start_node "n$i"; done
-  for _ in $(seq 300); do [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && break; sleep 0.1; done
+  for _ in $(seq 900); do [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && break; sleep 0.1; done
   : >"$dir/run/ready"
   while read -r answer verb arguments <&9; do
     code=0
@@ -102,8 +102,9 @@ SlurmctldHost=ctl(10.77.0.1)
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-# How long a requeued job waits; the default is 120 seconds.
-AuthInfo=socket=$dir/run/munge.sock,cred_expire=5
+# How long a requeued job waits, and credentials are good, which a busy machine must not outlast; the default is 120 seconds.
+AuthInfo=socket=$dir/run/munge.sock,cred_expire=$((nodes > 8 ? 30 : 10))
+MessageTimeout=60
 CredType=cred/munge
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
@@ -124,7 +125,8 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
 # Nodes may have more cores than the machine.
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
+# Nodes that only are slow are not lost; tests say so themselves when one is.
+SlurmdTimeout=120
 KillWait=5
 # Minutes that a job may go on after its limit: a busy machine takes one for what is to be done between signal and limit.
 OverTimeLimit=3
@@ -154,7 +156,7 @@ up() {
   echo $parent >"$dir/run/holder-parent.pid"
   until child=$(pgrep -P $parent); do kill -0 $parent 2>/dev/null || break; sleep 0.02; done
   echo "$child" >"$dir/run/holder.pid"
-  for _ in $(seq 600); do [ -e "$dir/run/ready" ] && break; kill -0 $parent 2>/dev/null || break; sleep 0.05; done
+  for _ in $(seq 1900); do [ -e "$dir/run/ready" ] && break; kill -0 $parent 2>/dev/null || break; sleep 0.05; done
   [ -e "$dir/run/ready" ] || { tail -n 5 "$dir"/log/*.out "$dir"/log/slurmctld.log >&2; down; return 1; }
 }
 down() {

@@ -40,7 +40,7 @@ class Cluster:
         self._call(verb, node, *command)
 
     def set_down(self, node: str) -> None:
-        """Let SLURM know now that a node does not answer. It would find out by itself, after half a minute here."""
+        """Let SLURM know now that a node does not answer. It would find out by itself, after minutes."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def sbatch(self, *arguments: object, site: str = "") -> str:
@@ -51,6 +51,7 @@ class Cluster:
             export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
             LOGS={self.logs} LOCAL_SCRATCH={self.scratch} MAX_FRUITLESS=2 PREFLIGHT=no
             CONTAINER=() SRUN_OPTIONS=()
+            : $CONDA_BACKUP_CC  # scripts in activate.d read what is not set
             {site}
             """
         )
@@ -68,12 +69,12 @@ class Cluster:
         path = self.logs / f"{name}-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, job: str, states: set[str] = ENDED, seconds: float = 150) -> dict[str, str]:
+    def wait(self, job: str, states: set[str] = ENDED, seconds: float = 300) -> dict[str, str]:
         """Return the job when it is in one of some states."""
         self.wait_until(lambda: self.job(job)["JobState"] in states, seconds, job)
         return self.job(job)
 
-    def wait_until(self, happened: Callable[[], bool], seconds: float = 90, job: str = "", poll_seconds: float = 0.2) -> None:
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 300, job: str = "", poll_seconds: float = 0.2) -> None:
         """Return when something has happened; fail with all logs when it does not in time."""
         end = time.monotonic() + seconds
         while not happened():
@@ -87,7 +88,7 @@ class Cluster:
     def _call(self, verb: str, *arguments: object) -> str:
         command = ["bash", str(SCRIPT), verb, self._state, *map(str, arguments)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

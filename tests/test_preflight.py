@@ -42,6 +42,19 @@ def test_a_node_that_does_not_answer_is_bad() -> None:
     assert judge(GOOD[:2], NODES, need_gib=10.0) == {"n1": [], "n2": [], "n3": ["does not answer"]}
 
 
+def test_a_disk_is_slow_by_what_those_that_work_do_and_never_above_some_speed() -> None:
+    full = replace(DISK, mib_per_second=0.0, error="no space")
+    for speed, complaints in ((60.0, []), (40.0, ["/shared/runs is slow"])):  # a full one is none of those that are compared
+        disks = [replace(DISK, mib_per_second=speed), replace(DISK, mib_per_second=900.0), full]
+        found = [replace(facts, scratch=disk) for facts, disk in zip(GOOD, disks, strict=True)]
+        assert judge(found, NODES, need_gib=10.0) == {"n1": complaints, "n2": [], "n3": ["no space"]}
+
+
+def test_of_two_clocks_neither_is_to_blame() -> None:
+    two = [GOOD[0], replace(GOOD[1], clock_seconds=3.0)]
+    assert judge(two, NODES[:2], need_gib=10.0) == {"n1": [], "n2": []}
+
+
 def test_what_all_nodes_lack_is_no_nodes_fault() -> None:
     found = [replace(facts, gpus_for_torch=0) for facts in GOOD]
     found[0] = replace(found[0], clock_seconds=90.0)

@@ -189,6 +189,7 @@ MAY_CHANGE = {
     "checkpoint.keep": 9,
     "failures.hang_seconds": 9,
     "failures.compare_replicas_every": 5,
+    "training.compile": True,
     "evaluation.every_updates": 5,
     "evaluation.max_sequences": 5,
     "evaluation.prompts": ["<mask>"],

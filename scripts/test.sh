@@ -12,4 +12,4 @@ fi
 ruff format --check --quiet . || { echo "error: not formatted; run .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .
 mypy --no-error-summary
-pytest --numprocesses 2 --dist loadfile "$@" # most of a test is one process that starts
+pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" # most of a test is one process that starts

@@ -17,6 +17,8 @@ _STARTED = time.time()
 EXIT_STOPPED = 75  # EX_TEMPFAIL: all is saved, and the same command goes on
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
+_remembered: list[signal.Signals] = []  # those that came
+
 
 @dataclass(frozen=True)
 class Place:
@@ -110,6 +112,15 @@ class Requests:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
+        _remembered.append(self.signal)
+
+
+def wait_to_be_ended(seconds: float) -> None:
+    """Wait for a launcher's SIGTERM, which may have come already, and end by it without a word."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.SIGTERM in _remembered:
+        signal.raise_signal(signal.SIGTERM)
+    time.sleep(seconds)
 
 
 def _end_at_the_second_signal() -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kantai import UserError
 from kantai.batches import Batches, Stage
-from kantai.cluster import STOP_SIGNALS, Place, Requests, allocated_since
+from kantai.cluster import STOP_SIGNALS, Place, Requests, allocated_since, wait_to_be_ended
 from kantai.config import BatchPlan
 from kantai.data import Prefetcher
 from kantai.engine import Engine, Outcome
@@ -46,9 +46,8 @@ def train(run_dir: RunDir, place: Place) -> bool:
         raise
     except Exception as error:
         if place.world_size > 1 and "connection" in str(error).lower():
-            # Another rank is gone, and that is what is to be seen; the launcher ends this one, by SIGTERM.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_SECONDS_FOR_THE_LAUNCHER)
+            # Another rank is gone, and that is what is to be seen.
+            wait_to_be_ended(_SECONDS_FOR_THE_LAUNCHER)
         raise
 
 

@@ -33,11 +33,11 @@ from kantai.data import Data, open_data
 from kantai.engine import Engine
 from kantai.export import export
 from kantai.ledger import hash_stream, hash_update
+from kantai.loader import stream
 from kantai.masking import IGNORED_LABEL
 from kantai.model import MicroBatch, build_model, load_weights
 from kantai.optim import build_optimizer
 from kantai.rundir import RunDir
-from kantai.train import stream
 
 _MOST_ROWS = 8  # of a micro-batch, however many fit: what is proven does not depend on it
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("config", "cluster", "cache", "files", "lines", "checkpoint", "rng"),
     ("metrics", "corpus", "sample", "starter", "tokenizer", "shards", "order", "batches", "masking"),
     ("data", "model", "optim", "tokenizing"),
-    ("rundir", "engine", "evaluate", "ledger"),
+    ("rundir", "engine", "evaluate", "ledger", "loader"),
     ("saving", "export", "preflight"),
     ("train",),
     ("verify", "chaos"),

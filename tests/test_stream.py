@@ -13,7 +13,7 @@ from kantai.batches import Batch
 from kantai.config import Config, load_config
 from kantai.data import Data, open_data
 from kantai.ledger import hash_stream, hash_update
-from kantai.train import stream
+from kantai.loader import stream
 
 UPDATES = 200
 RESUMED_AT = (0, 57, 131)  # the first resume at the end of a stage

@@ -22,7 +22,7 @@ from kantai import UserError
 from kantai.checkpoint import CheckpointStore, verify
 from kantai.config import load_config
 from kantai.data import open_data
-from kantai.train import stream
+from kantai.loader import stream
 
 UPDATES = 6
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]

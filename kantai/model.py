@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, RobertaConfig, RobertaForMaskedLM
 from transformers.masking_utils import sdpa_mask
-from transformers.models.roberta.modeling_roberta import RobertaLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaLMHead
 
 from kantai import UserError
 from kantai import config as settings
@@ -47,6 +47,28 @@ class _LastLayer(RobertaLayer):
         return self.feed_forward_chunk(self.attention.output(seen.transpose(1, 2).flatten(2), picked))  # type: ignore[no-any-return]
 
 
+class _Head(RobertaLMHead):
+    """The head, given labels, with the loss behind it: compiled as one, logits are not kept in fp32."""
+
+    def forward(self, states: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits, [..., vocabulary]; or the sum of losses and the count of right predictions where there are labels, [...]."""
+        logits = super().forward(states)
+        if labels is None:
+            return logits
+        logits, labels = logits.flatten(0, -2).float(), labels.flatten()  # bf16 steps of a loss of 5 are 1/32
+        loss_sum = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        return loss_sum, (logits.detach().argmax(1) == labels).sum().float()
+
+
+class _Norm(nn.LayerNorm):
+    """A layer norm that under autocast gives what matrix products take: half the bytes move between them, and none of them casts again."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., hidden] in and out."""
+        normed, device = super().forward(states), states.device.type
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+
+
 class MaskedRoberta(RobertaForMaskedLM):
     """``RobertaForMaskedLM`` whose forward, given masked positions, computes the last layer and logits for those only.
 
@@ -61,7 +83,11 @@ class MaskedRoberta(RobertaForMaskedLM):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__(config)
-        self.roberta.encoder.layer[-1].__class__ = _LastLayer  # with the weights that it was given
+        # With the weights that they were given.
+        self.roberta.encoder.layer[-1].__class__, self.lm_head.__class__ = _LastLayer, _Head
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.__class__ = _Norm
 
     def forward(
         self,
@@ -93,13 +119,10 @@ class MaskedRoberta(RobertaForMaskedLM):
             if masked_positions is None or labels is None:
                 return super().forward(input_ids, labels=labels, **kwargs)
             if "document_starts" in kwargs:  # variable-length attention has all positions laid end to end
-                logits = self.lm_head(_pick(self.roberta(input_ids, **kwargs).last_hidden_state, masked_positions))
+                states = _pick(self.roberta(input_ids, **kwargs).last_hidden_state, masked_positions)
             else:
-                logits = self.lm_head(self.roberta(input_ids, masked_positions=masked_positions, **kwargs).last_hidden_state)
-        logits = logits.flatten(0, 1).float()  # bf16 steps of a loss of 5 are 1/32
-        labels = labels.flatten()
-        loss_sum = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-        return loss_sum, (logits.detach().argmax(1) == labels).sum().float()
+                states = self.roberta(input_ids, masked_positions=masked_positions, **kwargs).last_hidden_state
+            return self.lm_head(states, labels)
 
     def compile_parts(self) -> None:
         """Have the layers and the head compiled at their first call.

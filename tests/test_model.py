@@ -67,6 +67,19 @@ def test_in_bf16_attention_is_what_it_is_in_fp32_but_for_rounding(config: Config
         assert model(**{**inputs, "input_ids": behind_padding})[0] == rounded
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", ["padded"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_between_layers_states_are_what_matrix_products_take(config: Config, dtype: torch.dtype) -> None:
+    """Autocast alone has norms give fp32: twice the bytes, and a cast before every product."""
+    model, batch = model_and_batch(config)
+    model.compute_dtype, found = dtype, []
+    for layer in model.roberta.encoder.layer:
+        layer.register_forward_hook(lambda _layer, given, out: found.extend([given[0].dtype, out.dtype]))
+    model(**MicroBatch(batch).inputs)
+    assert found == [dtype] * 2 * len(model.roberta.encoder.layer)
+
+
 @pytest.mark.filterwarnings("ignore")  # of what PyTorch does
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 def test_compiled_parts_compute_the_same(config: Config) -> None:

@@ -37,6 +37,7 @@ from kantai.tokenizer import Vocabulary
 
 SIDES = {
     "kantai": "kantai: scripts/pretrain.py",
+    "again": "the same, compiled before",
     "eager": "the same without training.compile",
     "tutorial": "the tutorial's script: Trainer, 64 lines padded to the longest",
     "grouped": "Trainer at its best on 64 lines, of like length",
@@ -132,14 +133,15 @@ def cpu_case(data: list[str], config: Path | None) -> Case:
 
 
 def gpu_cases(data: list[str]) -> list[Case]:
-    """roberta-base and roberta-large, with four micro-steps an update on each side."""
+    """roberta-base and roberta-large, with four micro-steps an update and no dropout on each side."""
     found = []
     for name, rate in (("roberta-base", {"tokens_per_second": 800_000.0}), ("roberta-large", {})):
         config = ROOT / "configs" / f"{name}.yaml"
         rows = 4 * load_config(config).batch.micro_batch_size
         settings = [*data, "--model.vocab_size=50304", f"--batch.global_batch_size={rows}", "--training.compile=true"]
+        settings += ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
         goals = {**rate, "packed": 3.0, "compiled": 3.0, "machine": 0.6, "first_update_seconds": 60.0}
-        found.append(Case(name, config, settings, ("kantai", "eager", "packed", "compiled"), (5, 15, 25, 35), goals))
+        found.append(Case(name, config, settings, ("kantai", "again", "eager", "packed", "compiled"), (5, 15, 25, 35), goals))
     return found
 
 
@@ -184,7 +186,7 @@ def run_rounds(folder: Path, cases: list[Case], rounds: int, end: float) -> None
 def run_side(folder: Path, case: Case, side: str, number: int) -> Found:
     """Run one of the sides once."""
     settings = [*case.settings, f"--seed={number}", f"--training.precision={case.precision}"]
-    if side in ("kantai", "eager"):
+    if side in ("kantai", "again", "eager"):
         return kantai(folder / "run", case, [*settings, *(["--training.compile=false"] if side == "eager" else [])])
     began = time.time()
     logged = in_process(folder, case, side, settings)
@@ -209,9 +211,9 @@ def kantai(run: Path, case: Case, settings: list[str]) -> Found:
         process.wait()
     shutil.rmtree(run)
     tokens = [tokens for tokens, _ in work(case, settings, case.marks[-1])]
-    seconds = [record["speed/update_seconds"] for record in records]
-    rates = [sum(tokens[a:b]) / sum(seconds[a:b]) for a, b in itertools.pairwise(case.marks)]
-    return Found(rates, records[0]["time"] - began)
+    ends = [record["time"] for record in records]  # the clock's, as for the other sides: what lies between updates counts, too
+    rates = [sum(tokens[a:b]) / (ends[b - 1] - ends[a - 1]) for a, b in itertools.pairwise(case.marks)]
+    return Found(rates, ends[0] - began)
 
 
 def updates_of(run: Path) -> list[dict[str, Any]]:

@@ -301,7 +301,8 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
     else:
         with torch.device("meta"):
             shape = build_model(config, data.vocabulary).config
-        shape._attn_implementation = "sdpa"
+        # On CPUs PyTorch's fused attention costs Trainer a tenth in bf16.
+        shape._attn_implementation = "eager" if not on_gpu and config.training.precision == "bf16" else "sdpa"
         best = {
             "bf16": config.training.precision == "bf16",
             "dataloader_num_workers": min(8, len(os.sched_getaffinity(0)) - 1) if on_gpu else 0,

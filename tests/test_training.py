@@ -57,6 +57,21 @@ def assert_same_run(run: Path, reference: Path, tolerance: float) -> None:
         assert abs(tensor - theirs[name]).max() <= 10 * tolerance, name
 
 
+def test_compiled_a_run_is_the_same_and_each_stage_has_code_for_its_own_sizes(data_arguments: list[str], tmp_path: Path) -> None:
+    """Code for sizes that vary would be slower; PyTorch makes it when it sees a second size."""
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    arguments = (*data_arguments, *NO_DROPOUT, "--stages=[{until_update: 3, seq_len: 16}]")
+    pretrain(None, *arguments, f"--run_dir={plain}")
+    done = subprocess.run(
+        pretrain_command(None, *arguments, "--training.compile=true", f"--run_dir={compiled}"),
+        cwd=ROOT, env={**ENVIRONMENT, "TORCH_LOGS": "dynamic"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same_run(compiled, plain, 1e-5)
+    assert "create_env" in done.stderr  # of each piece of code
+    assert "create_symbol" not in done.stderr  # of each size that may vary
+
+
 def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(data_arguments: list[str], tmp_path: Path) -> None:
     """With dropout, two ranks, SIGKILL of launcher and ranks at several moments, in a save among them."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -67,7 +67,7 @@ def page(tokens: int) -> str:
     looked = min(UPDATES_LOOKED_AT, epoch)
     lines = [
         f"| text, at {TEXT_BYTES_PER_TOKEN} bytes a token | {tokens * TEXT_BYTES_PER_TOKEN / 1e12:.2f} TB in {len(files):,} files |",
-        f"| pieces to tokenize, each a unit of resuming | {len(pieces):,}, planned in {planned:.1f} s |",
+        f"| pieces to tokenize, each a unit of resuming | {len(pieces):,}, planned in {1e3 * planned:.0f} ms |",
         f"| shards | {len(train):,} of {shard_bytes.mean() / 1e6:.0f} MB to train on, {len(splits['held_out'])} held out |",
         f"| bytes on disk | {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e12:.3f} TB |",
         f"| manifest | {len(content) / 1e6:.1f} MB, opened in {opened:.2f} s |",

@@ -148,7 +148,8 @@ class Training(Section):
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the training split")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="arithmetic of matrix products; weights, moments and gradients are fp32 throughout, and fp16 has its losses scaled",
+        description="arithmetic of matrix products and what moves between them; weights, moments and gradients are fp32 throughout, and "
+        "fp16 has its losses scaled",
     )
     compile: bool = Field(
         False,

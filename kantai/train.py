@@ -138,8 +138,8 @@ class Run:
     def update(self, update: int, micro_batches: list[MicroBatch], waited_seconds: float) -> Outcome:
         """Do one update and write down what happened."""
         if self.stage is not (stage := self.batches.stage(self.passed_over.data_update(update))):
-            if self.stage is not None and self.config.training.compile:
-                torch.compiler.reset()  # or what is compiled next is for sizes that change, and slower for good
+            if self.config.training.compile:
+                torch.compiler.reset()  # or, after other sizes, what is compiled next is for sizes that change, and slower for good
             self.stage = stage
             self.progress.say(f"from update {update} on: {stage.plan}, of up to {stage.sequences.seq_len} tokens")
         rate = learning_rate(self.config.optimizer, update, self.data.total_updates)

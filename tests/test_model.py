@@ -67,6 +67,18 @@ def test_in_bf16_attention_is_what_it_is_in_fp32_but_for_rounding(config: Config
         assert model(**{**inputs, "input_ids": behind_padding})[0] == rounded
 
 
+@pytest.mark.parametrize("config", ["contiguous"], indirect=True)
+def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(config: Config) -> None:
+    rounded, batch = model_and_batch(config)
+    exact, _ = model_and_batch(config)
+    rounded.compute_dtype = torch.bfloat16
+    for model in (rounded, exact):
+        model(**MicroBatch(batch).inputs)[0].backward()
+    for (name, ours), (_, theirs) in zip(rounded.named_parameters(), exact.named_parameters(), strict=True):
+        if not name.endswith("key.bias"):  # which has no gradient but rounding
+            assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm(), name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,17 +94,21 @@ def test_between_layers_states_are_what_matrix_products_take(config: Config, dty
 
 @pytest.mark.filterwarnings("ignore")  # of what PyTorch does
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
-def test_compiled_parts_compute_the_same(config: Config) -> None:
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_compiled_parts_compute_the_same(config: Config, dtype: torch.dtype, allowed: float) -> None:
     compiled, batch = model_and_batch(config)
     plain, _ = model_and_batch(config)
     compiled.compile_parts()
     inputs = MicroBatch(batch).inputs
-    losses = [model(**inputs)[0] for model in (plain, compiled)]
-    for loss in losses:
-        loss.backward()
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    losses = []
+    for model in (plain, compiled):
+        model.compute_dtype = dtype
+        losses.append(model(**inputs)[0])
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=allowed / 10)
     for (name, ours), (_, theirs) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4), name
+        # A key's bias has no gradient but rounding.
+        assert (ours.grad - theirs.grad).norm() <= allowed * (theirs.grad.norm() + 0.03), name
 
 
 def test_padding_changes_nothing(config: Config) -> None:

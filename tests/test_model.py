@@ -105,7 +105,7 @@ def test_compiled_parts_compute_the_same(config: Config, dtype: torch.dtype, all
         model.compute_dtype = dtype
         losses.append(model(**inputs)[0])
         losses[-1].backward()
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=allowed / 10)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=allowed / 100)
     for (name, ours), (_, theirs) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
         # A key's bias has no gradient but rounding.
         assert (ours.grad - theirs.grad).norm() <= allowed * (theirs.grad.norm() + 0.03), name

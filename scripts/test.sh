@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-# tests/test_slurm.py runs a real SLURM on this machine.
+# tests/integration/test_slurm.py runs a real SLURM on this machine.
 if [ ! -x /usr/sbin/slurmctld ] || [ ! -x /usr/sbin/munged ] || [ ! -x /usr/bin/faketime ] || [ ! -x "$(command -v ip)" ]; then
   install=(apt-get install --yes --no-install-recommends slurm-wlm munge faketime iproute2 procps)
   [ "$(id -u)" = 0 ] || { echo "error: the tests need a SLURM of their own: sudo apt-get update && sudo ${install[*]}" >&2; exit 2; }

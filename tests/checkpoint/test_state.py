@@ -1,0 +1,44 @@
+"""What is written of a rank is what it has in memory, or nothing."""
+
+import errno
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kantai.engine import Snapshot
+
+
+def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"a": torch.tensor([[math.nan, -0.0]]), "b": torch.tensor(1.0)}
+    snapshot = Snapshot("state", tensors, {"steps": 1.0})
+    name, entry = snapshot.write(tmp_path)
+    assert (name, entry["bytes"]) == ("state", (tmp_path / "state").stat().st_size)
+
+    def faulty(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file({**tensors, "b": (tensors["b"].view(torch.int32) ^ 1).view(torch.float32)}, path, metadata)
+
+    monkeypatch.setattr("kantai.engine.save_file", faulty)
+    with pytest.raises(OSError, match=r"/state has another b than was written"):
+        snapshot.write(tmp_path)
+
+
+def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a quota does, and a disk that others fill."""
+    snapshot = Snapshot("state", {f"tensor-{number}-{'x' * 100}": torch.zeros(3, 4) for number in range(50)}, {"steps": 1.0})
+    asked: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _, start, size: asked.append(start + size))
+    _, entry = snapshot.write(tmp_path)
+    assert entry["bytes"] <= asked[0] <= entry["bytes"] + 50 * 1024
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr("kantai.engine.save_file", lambda *_, **__: pytest.fail("was written"))
+    with pytest.raises(OSError, match="quota exceeded"):
+        snapshot.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []

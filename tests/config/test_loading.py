@@ -1,0 +1,235 @@
+"""A config is what its file and arguments say, or one line says what is wrong with it; a run keeps the one it began with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kantai import UserError
+from kantai.config import Config, describe, fixed_settings, load_config, refuse_other_run, save_config
+from tests.helpers.commands import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
+
+
+def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def with_value(config: Config, key: str, value: Any) -> Config:
+    *sections, name = key.split(".")
+    if not sections:
+        return config.model_copy(update={name: value})
+    section = getattr(config, sections[0]).model_copy(update={name: value})
+    return config.model_copy(update={sections[0]: section})
+
+
+def test_file_then_arguments(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        SMALLEST + "optimizer: {learning_rate: 1.0e-3, schedule: cosine}\n",
+        "--optimizer.learning_rate=2e-3",
+        "--data.seq_len=128",
+        "--evaluation.prompts=[Human <mask>., 'a: <mask>']",
+        "--seed=7",
+        "--seed=8",
+        "--run_dir=runs/b=c",
+    )
+    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (2e-3, "cosine")
+    assert (config.data.seq_len, config.seed, config.evaluation.prompts) == (128, 8, ["Human <mask>.", "a: <mask>"])
+    assert Path(config.run_dir).name == "b=c"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("5e-4", 5e-4), ("6E-4", 6e-4), ("1e3", 1000.0), ("+2e-3", 2e-3), ("2.e-3", 2e-3), ("0.001", 0.001), ("1", 1.0)]
+)
+def test_numbers_as_papers_write_them(tmp_path: Path, written: str, value: float) -> None:
+    assert load(tmp_path, SMALLEST + f"optimizer: {{learning_rate: {written}}}").optimizer.learning_rate == value
+    assert load(tmp_path, SMALLEST, f"--optimizer.learning_rate={written}").optimizer.learning_rate == value
+
+
+def test_words_like_numbers_stay_words(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALLEST.replace("shards: shards", "shards: shards-5e-4"), "--data.tokenizer=v1e5")
+    assert (Path(config.data.shards).name, Path(config.data.tokenizer).name) == ("shards-5e-4", "v1e5")
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(tmp_path)
+    assert config.run_dir == str(tmp_path / "runs" / "a")
+    assert (config.data.shards, config.data.tokenizer) == (str(tmp_path / "shards"), str(tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--batch.micro_batchsize=3", "unknown key 'batch.micro_batchsize'; the nearest known one is 'batch.micro_batch_size'"),
+        ("--learning_rate=1", "unknown key 'learning_rate'; the nearest known one is 'optimizer.learning_rate'"),
+        ("--modle.hidden_size=1", "unknown key 'modle'; the nearest known one is 'model'"),
+        ("--data.seq_len=many", "data.seq_len: should be a valid integer, not 'many'"),
+        ("--data.seq_len=128.0", "data.seq_len: should be a valid integer, not 128.0"),
+        ("--data.seq_len=true", "data.seq_len: should be a valid integer, not True"),
+        ("--data.seq_len=", "data.seq_len: should be a valid integer, not None"),
+        ("--data.seq_len=7", "data.seq_len: should be greater than or equal to 8, not 7"),
+        ("--data.packing=sorted", "data.packing: should be 'contiguous', 'isolated' or 'padded', not 'sorted'"),
+        ("--data.packing=5", "data.packing: should be 'contiguous', 'isolated' or 'padded', not 5"),
+        ("--masking.ratio=0", "masking.ratio: should be greater than 0, not 0"),
+        ("--masking.ratio=1", "masking.ratio: should be less than 1, not 1"),
+        ("--masking.random_share=0.3", "masking: mask_share + random_share must not exceed 1"),
+        ("--model.num_attention_heads=7", "model: num_attention_heads 7 does not divide hidden_size 768"),
+        ("--optimizer.learning_rate=.nan", "optimizer.learning_rate: should be "),
+        ("--optimizer.learning_rate=.inf", "optimizer.learning_rate: should be "),
+        ("--training.epochs=3", "training: give exactly one of total_updates and epochs"),
+        ("--training.total_updates=null", "training: give exactly one of total_updates and epochs"),
+        ("--training=3", "training: should be a valid dictionary"),
+        ("--checkpoint.keep=1", "checkpoint.keep: should be greater than or equal to 2, not 1"),
+        ("--seed=-1", "seed: should be greater than or equal to 0, not -1"),
+        ("--seed=99999999999999999999", "seed: should be less than "),
+        ("--evaluation.prompts=<mask>", "evaluation.prompts: should be a valid list, not '<mask>'"),
+        ("--data.seq_len.x=1", "seq_len is a value, not a section"),
+        ("--data.seq_len", "cannot read the argument '--data.seq_len': settings are given as --section.key=value"),
+        ("data.seq_len=128", "cannot read the argument 'data.seq_len=128'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, SMALLEST.replace("tokenizer: tokenizer", "tokenizer: tokenizer, seq_len: 64"), override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data", "data.shards", "data.tokenizer", "training"])
+def test_what_is_missing_is_named(tmp_path: Path, key: str) -> None:
+    tree = yaml.safe_load(SMALLEST)
+    *sections, name = key.split(".")
+    del (tree[sections[0]] if sections else tree)[name]
+    with pytest.raises(UserError, match=rf"{key} is missing; add it to the file or give --{key}=\.\.\."):
+        load(tmp_path, yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no keys"),
+        (b"- a\n- b\n", "has no keys"),
+        (b"a: [1\n", "is not YAML"),
+        (b"a: \xff\n", "is not YAML"),
+        (b"[" * 400, "is not YAML"),
+        (b"? [a]\n: b\n", "is not YAML"),
+        (b"when: 2026-99-99\n", "is not YAML"),
+        (SMALLEST.encode() + b"1: 2\n", "1: Keys should be strings"),
+    ],
+)
+def test_what_is_no_config_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"bad\.yaml.*{message}"):
+        load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", ""])
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"cannot read the config {tmp_path / name}: "):
+        load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_saving(tmp_path: Path, path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_saving_keeps_every_value(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        SMALLEST.replace("runs/a", "\"läufe/#1: 'x' \""),
+        "--optimizer.learning_rate=1e-7",
+        "--optimizer.adam_eps=1e-12",
+        '--evaluation.prompts=["Kant: <mask>", "1e5", "no", "", "ü \\n 理性"]',
+    )
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+CHANGES = {
+    "seed": 1,
+    "data.seq_len": 64,
+    "data.packing": "padded",
+    "data.shuffle_window": 3,
+    "training.total_updates": 11,
+    "training.precision": "bf16",
+    "masking.ratio": 0.4,
+    "masking.unit": "word",
+    "masking.final_ratio": 0.1,
+    "model.hidden_size": 1536,
+    "model.vocab_size": 1024,
+    "batch.global_batch_size": 255,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_updates": 1,
+}
+MAY_CHANGE = {
+    "run_dir": "/elsewhere",
+    "data.shards": "/elsewhere",
+    "data.tokenizer": "/elsewhere",
+    "data.workers": 2,
+    "data.verify_hashes": True,
+    "data.cache_dir": "/elsewhere",
+    "data.cache_gb": 1.0,
+    "batch.micro_batch_size": 4,
+    "checkpoint.every_updates": 5,
+    "checkpoint.mtbf_hours": 5.0,
+    "checkpoint.keep": 9,
+    "failures.hang_seconds": 9,
+    "failures.compare_replicas_every": 5,
+    "training.compile": True,
+    "evaluation.every_updates": 5,
+    "evaluation.max_sequences": 5,
+    "evaluation.prompts": ["<mask>"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGES.items())
+def test_a_run_refuses_another_config_and_names_the_change(tmp_path: Path, key: str, value: object) -> None:
+    config = load(tmp_path)
+    with pytest.raises(UserError) as error:
+        refuse_other_run(with_value(config, key, value), config)
+    assert f"belongs to a run of another config: {key} was " in str(error.value) and f" and is {value!r}. " in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value"), MAY_CHANGE.items())
+def test_what_does_not_change_the_result_may_change(tmp_path: Path, key: str, value: object) -> None:
+    config = load(tmp_path)
+    changed = with_value(config, key, value)
+    assert changed != config
+    refuse_other_run(changed, config)
+
+
+def test_every_setting_either_may_change_or_is_kept(tmp_path: Path) -> None:
+    fixed = fixed_settings(load(tmp_path))
+    described = {line.split("=")[0].strip(" -") for line in describe().splitlines() if line.startswith("  --")}
+    assert fixed.keys() | MAY_CHANGE.keys() == described
+    assert fixed.keys().isdisjoint(MAY_CHANGE) and CHANGES.keys() <= fixed.keys()
+
+
+@pytest.mark.parametrize("name", ["2026", "2026-11-22", "1e5", "a #1", "true", "[x"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir=/tmp/{name}"]).run_dir == f"/tmp/{name}"
+    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir={name}"]).run_dir == str(Path(name).absolute())
+
+
+def test_home_is_meant_by_a_tilde() -> None:
+    assert load_config(ROOT / "configs/quickstart.yaml", ["--run_dir=~/x"]).run_dir == str(Path.home() / "x")
+
+
+def test_a_section_given_twice_is_refused_and_an_empty_one_has_its_defaults(tmp_path: Path) -> None:
+    text = (ROOT / "configs/quickstart.yaml").read_text()
+    (tmp_path / "twice.yaml").write_text(text + "optimizer:\n  learning_rate: 1\n")
+    with pytest.raises(UserError, match="optimizer is given twice"):
+        load_config(tmp_path / "twice.yaml")
+    (tmp_path / "empty.yaml").write_text(text + "masking:\n")
+    assert load_config(tmp_path / "empty.yaml", ["--masking.ratio=0.3"]).masking.ratio == 0.3
+    assert load_config(tmp_path / "empty.yaml").masking.ratio == 0.15

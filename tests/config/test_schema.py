@@ -1,0 +1,37 @@
+"""What a config may say, whatever file or argument says it."""
+
+from pathlib import Path
+
+import pytest
+
+from kantai import UserError
+from kantai.config import Config, load_config
+
+SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
+
+
+def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def test_length_may_be_changed_from_updates_to_epochs(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALLEST, "--training.total_updates=null", "--training.epochs=2.5")
+    assert (config.training.total_updates, config.training.epochs) == (None, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{until_update: 5}, {until_update: 5}]", "each must end after the one before"),
+        ("[{until_update: 10}]", "until_update 10 must be less than training.total_updates 10"),
+        ("[{until_update: 5, seq_len: 1024}]", "no seq_len may exceed data.seq_len 512"),
+        ("[{until_update: 5, seqlen: 16}]", "unknown key"),
+        ("[{seq_len: 16}]", "until_update is missing"),
+        ("3", "stages: "),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(tmp_path: Path, stages: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, SMALLEST, f"--stages={stages}")

@@ -1,0 +1,105 @@
+"""Anyone can see what a run was shown, and compare it with what another was."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kantai.config import load_config, save_config
+from kantai.shards import open_shards
+from kantai.tokenizer import load_tokenizer
+from tests.helpers.commands import CONFIG, script
+
+
+@pytest.fixture
+def settings(many_shards_dir: Path, tokenizer_dir: Path) -> list[str]:
+    sizes = ["--data.seq_len=32", "--batch.global_batch_size=10", "--optimizer.warmup_updates=1"]
+    return ["--config", str(CONFIG), f"--data.shards={many_shards_dir}", f"--data.tokenizer={tokenizer_dir}", *sizes]
+
+
+def printed(*arguments: object) -> str:
+    done = script("inspect_data", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> None:
+    train = open_shards(many_shards_dir).splits["train"]
+    said = printed("--shards", many_shards_dir, "--tokenizer", tokenizer_dir)
+    assert f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} shards" in said
+    longest = max(int(shard.lengths.max()) for shard in train)
+    assert f"mean {train.tokens.sum() / train.documents.sum():,.1f}; 0 %: " in said and f"100 %: {longest:,}" in said
+    lengths = np.concatenate([shard.lengths for shard in train])
+    shares = [np.clip(lengths - seq_len + 1, 0, None).sum() / lengths.sum() for seq_len in (128, 512)]
+    assert f"tokens left out   {shares[0]:.1%} at seq_len 128, {shares[1]:.1%} at seq_len 512: " in said and shares[0] > 0.1
+    assert "'</s>' " in said and "' the' " in said
+    assert "' the' " not in printed("--shards", many_shards_dir)  # ids alone, without their tokenizer
+
+
+def test_an_update_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer_dir: Path) -> None:
+    """With the true words in the place of their masks, each row is a piece of the split."""
+    vocabulary = load_tokenizer(tokenizer_dir)
+    said = printed(
+        *settings, "--masking.mask_share=1.0", "--masking.random_share=0.0", "--update", 3, "--world_size", 3, "--rank", 2, "--rows", 9
+    )
+    assert "update 3: 10 sequences an update = 3 ranks x 1 micro-steps x 4, 2 of them empty" in said
+    rows = said.split("\nrow ")[1:]
+    assert [row.split(":")[0] for row in rows] == ["8", "9"]
+    split = "".join(
+        vocabulary.tokenizer.decode(shard.tokens, skip_special_tokens=False) for shard in open_shards(many_shards_dir).splits["train"]
+    )
+    for row in rows:
+        text = row.split("\n", 1)[1].strip("\n").removeprefix("<s>")
+        parts = text.split("[<mask>|")
+        assert len(parts) > 2
+        true = parts[0] + "".join("".join(part.split("]", 1)) for part in parts[1:])
+        assert true[:12] in split
+
+
+def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings: list[str]) -> None:
+    def hashed(first: int, stop: int, *changes: str) -> str:
+        said = printed(*settings, *changes, "--hash", first, stop)
+        assert said.startswith(f"updates {first} to {stop - 1}: ")
+        return said.split()[-1]
+
+    found = hashed(5, 25)
+    assert found == hashed(5, 25, "--world_size=7", "--batch.micro_batch_size=3") and len(found) == 64
+    others = [
+        ("--seed=1",),
+        ("--masking.ratio=0.2",),
+        ("--data.shuffle_window=2",),
+        ("--data.packing=padded",),
+        ("--batch.global_batch_size=11",),
+    ]
+    assert len({found, hashed(5, 24), hashed(6, 25), *(hashed(5, 25, *change) for change in others)}) == 3 + len(others)
+
+
+def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: list[str], tmp_path: Path) -> None:
+    run = [*settings, f"--run_dir={tmp_path}"]
+    by_the_config = {what: printed(*run, *what) for what in (("--update", 9), ("--hash", 9, 12), ("--update", 3))}
+    save_config(load_config(settings[1], run[2:]), tmp_path / "config.yaml")
+    (tmp_path / "passed_over.jsonl").write_text('{"from_update": 4, "first": 4, "stop": 8}\n')
+    said = printed(*run, "--update", 5)
+    assert "its data is that of update 9 by the config: the run passed over" in said
+    assert said.split("\nrow ")[1:] == by_the_config["--update", 9].split("\nrow ")[1:]
+    assert printed(*run, "--hash", 5, 8).split()[-1] == by_the_config["--hash", 9, 12].split()[-1]
+    assert printed(*run, "--update", 3) == by_the_config["--update", 3]
+    done = script("inspect_data", *run, "--seed=77", "--update", 5)
+    assert done.returncode == 2 and "belongs to a run of another config: seed was 0 and is 77" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --shards or --config"),
+        (["--shards", "x", "--config", "y"], "give either --shards or --config"),
+        (["--shards", "x", "--seed=1"], "and not --seed=1"),
+        (["--shards", "nowhere"], "no shards at nowhere"),
+        (["--shards", "none://x"], "cannot read none://x"),
+        (["--config", CONFIG, "--rank", "1"], "ranks from 0 to one less than --world_size"),
+        (["--config", CONFIG, "--update", "-1"], "updates are counted from 0"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said(arguments: list[str], message: str) -> None:
+    done = script("inspect_data", *arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,178 @@
+"""The tokenizer that we train is the tokenizer that transformers loads: same ids, same special tokens, same limits."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, RobertaTokenizerFast
+
+import kantai.tokenizer
+from kantai import UserError
+from kantai.corpus import Unit, documents, pieces
+from kantai.files import find_files
+from kantai.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
+
+
+def read(path: Path, unit: Unit) -> Iterator[str]:
+    return (text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit))
+
+
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "  two leading spaces",
+    "trailing space ",
+    "The Critique of Pure Reason.",
+    "return the <mask> of the object",
+    "return the<mask>of the object",
+    "<mask> first, last <mask>",
+    "two <mask> <mask> in a row",
+    "tabs\tand\nnewlines\r\n\r\n and   runs   of   spaces",
+    "don't, I'll, we've: contractions",
+    "1234567890 3.14 1e-6",
+    "Königsberg, naïve, façade, coöperate",
+    "Критика чистого разума",
+    "純粋理性批判",
+    "نقد العقل المحض",
+    "🙂👩‍👩‍👧‍👦🇩🇪 and combining e\u0301",
+    "non-breaking\u00a0space, zero\u200bwidth, BOM\ufeff, \u2028 line separator",
+    "\x01 control \x7f",
+    "</s> written out, <s> too, <pad> and <unk>",
+    "<MASK> < mask> <mask",
+    "x" * 600,
+    "word " * 600,
+]
+
+
+@pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
+def test_transformers_gives_the_same_ids(loader: type, tokenizer_dir: Path, corpus_file: Path) -> None:
+    ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
+    for text in [*TEXTS, *read(corpus_file, "paragraph")]:
+        assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids, text
+        if "<" not in text:  # what a document has of them is text to us
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0].tolist(), text
+
+
+@pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
+def test_transformers_knows_its_special_tokens_and_limits(loader: type, tokenizer_dir: Path) -> None:
+    ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
+    assert theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(ours.special_ids) == [0, 1, 2, 3, 4]
+    assert (theirs.bos_token, theirs.cls_token, theirs.eos_token, theirs.sep_token) == ("<s>", "<s>", "</s>", "</s>")
+    assert (theirs.pad_token_id, theirs.unk_token_id, theirs.mask_token_id) == (1, 3, 4)
+    assert len(theirs) == theirs.vocab_size == ours.size == 1000
+    assert theirs.model_max_length == 512
+    assert theirs("a", "b")["input_ids"] == ours.tokenizer.encode("a", "b").ids
+
+
+def test_ids_of_texts_have_no_special_tokens_and_decode_to_the_texts(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    texts = [text for text in TEXTS if "<" not in text]
+    ids, lengths = vocabulary.encode(texts)
+    assert set(ids).isdisjoint(vocabulary.special_ids)
+    for text, of_text in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+        assert vocabulary.tokenizer.decode(of_text) == text
+
+
+def test_mask_takes_the_space_before_it(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    for text in ("a <mask> of", "a<mask> of"):
+        ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+        assert [vocabulary.tokenizer.id_to_token(token) for token in ids] == ["a", "<mask>", "Ġof"]
+
+
+def test_special_tokens_written_in_a_document_are_text(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    text = "<s>struck out</s>, a <pad> and a <mask>"
+    ids, _ = vocabulary.encode([text])
+    assert set(ids).isdisjoint(vocabulary.special_ids)
+    assert vocabulary.tokenizer.decode(ids) == text
+    assert vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids  # a prompt's is one, also afterwards
+
+
+def test_fingerprint_names_vocabulary_and_merges(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
+    ours = load_tokenizer(tokenizer_dir)
+    AutoTokenizer.from_pretrained(str(tokenizer_dir)).save_pretrained(tmp_path / "resaved")
+    assert load_tokenizer(tmp_path / "resaved").fingerprint == ours.fingerprint
+
+    prints = {ours.fingerprint}
+    for number, (vocab_size, min_frequency) in enumerate([(999, 2), (1000, 500)]):
+        (tmp_path / str(number)).mkdir()
+        save_tokenizer(train_tokenizer(read(corpus_file, "paragraph"), vocab_size, min_frequency), tmp_path / str(number))
+        prints.add(load_tokenizer(tmp_path / str(number)).fingerprint)
+    shutil.copytree(tokenizer_dir, tmp_path / "merged")
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"][-2:] = reversed(content["model"]["merges"][-2:])
+    (tmp_path / "merged" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    prints.add(load_tokenizer(tmp_path / "merged").fingerprint)
+    assert len(prints) == 4
+
+
+def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=f"no tokenizer at {folder}"):
+            load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"not JSON", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_another_program_set_cuts_and_fills_no_documents(tmp_path: Path, tokenizer_dir: Path) -> None:
+    foreign = load_tokenizer(tokenizer_dir)
+    foreign.tokenizer.enable_truncation(8)
+    foreign.tokenizer.enable_padding(pad_id=1, pad_token="<pad>", pad_to_multiple_of=8)
+    foreign.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = ["word " * 600, "short"]
+    ours, theirs = (load_tokenizer(folder).encode(texts) for folder in (tokenizer_dir, tmp_path))
+    assert [array.tolist() for array in theirs] == [array.tolist() for array in ours]
+
+
+def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    content = (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8")
+    with pytest.raises(UserError, match="lacks <pad> <mask>"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_documents_have_no_ids(tokenizer_dir: Path) -> None:
+    vocabulary = load_tokenizer(tokenizer_dir)
+    for texts in ([], [""], ["", ""]):
+        ids, lengths = vocabulary.encode(texts)
+        assert (ids.tolist(), lengths.tolist()) == ([], [0] * len(texts))
+        assert (ids.dtype, lengths.dtype) == (np.uint32, np.int64)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer_dir: Path) -> Vocabulary:
+    return load_tokenizer(tokenizer_dir)
+
+
+ATOMS = [" ", "  ", "\n", "\t", "\u00a0", "\x1c", "a", "it's", " über", "42 ", ".", "_", "e\u0301", "🙂", "</s>", "<mask>"]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=20).map("two words".join), max_size=5))
+def test_long_documents_are_cut_for_the_encoder_without_a_trace(vocabulary: Vocabulary, texts: list[str]) -> None:
+    whole = vocabulary.encode(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kantai.tokenizer, "_CHARACTERS_AT_ONCE", 20)
+        in_parts = vocabulary.encode(texts)
+    assert [array.tolist() for array in in_parts] == [array.tolist() for array in whole]
+
+
+def test_text_without_a_space_is_cut_where_it_must(vocabulary: Vocabulary) -> None:
+    text = "純粋理性批判" * 1000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kantai.tokenizer, "_CHARACTERS_AT_ONCE", 500)
+        ids, lengths = vocabulary.encode([text, "short"])
+    assert vocabulary.tokenizer.decode(ids[: lengths[0]]) == text
+    assert vocabulary.tokenizer.decode(ids[lengths[0] :]) == "short"

@@ -1,0 +1,78 @@
+"""Which node is to blame? tests/integration/test_slurm.py breaks real ones."""
+
+from dataclasses import replace
+
+from kantai.preflight import Facts, Folder, fatal_xids, judge, split
+
+NODES = ["n1", "n2", "n3"]
+DISK = Folder("/shared/runs", free_gib=100.0, mib_per_second=500.0)
+GOOD = [
+    Facts(
+        node, 8, 8, 8, versions={"torch": "2.13"}, run=DISK, scratch=DISK, sees=NODES, reduce_ranks="nccl x8", reduce_gib_per_second=300.0
+    )
+    for node in NODES
+]
+
+
+def with_third(**changes: object) -> dict[str, list[str]]:
+    return judge([*GOOD[:2], replace(GOOD[2], **changes)], NODES, need_gib=10.0)  # type: ignore[arg-type]
+
+
+def test_good_nodes_are_good() -> None:
+    assert judge(GOOD, NODES, need_gib=10.0) == {node: [] for node in NODES}
+
+
+def test_the_one_that_differs_is_named_and_told_why() -> None:
+    for changes, why in (
+        ({"gpus_found": 7, "gpus_for_torch": 7}, "7 of 8 GPUs"),
+        ({"gpus_for_torch": 0}, "torch finds 0 of 8 GPUs"),
+        ({"versions": {"torch": "2.12"}}, "torch 2.12, not 2.13"),
+        ({"clock_seconds": -90.0}, "clock is -90.0 s off"),
+        ({"run": replace(DISK, free_gib=9.0)}, "/shared/runs has less than 10.0 GiB free"),
+        ({"scratch": replace(DISK, mib_per_second=1.0)}, "/shared/runs is slow"),
+        ({"sees": ["n3"]}, "/shared/runs is another folder there"),
+        ({"reduce_gib_per_second": 100.0}, "slow GPU links"),
+    ):
+        wrong = with_third(**changes)
+        assert wrong == {"n1": [], "n2": [], "n3": [why]}
+        assert split(GOOD, wrong) == ([], ["n3"])
+
+
+def test_a_node_that_does_not_answer_is_bad() -> None:
+    assert judge(GOOD[:2], NODES, need_gib=10.0) == {"n1": [], "n2": [], "n3": ["does not answer"]}
+
+
+def test_a_disk_is_slow_by_what_those_that_work_do_and_never_above_some_speed() -> None:
+    full = replace(DISK, mib_per_second=0.0, error="no space")
+    for speed, complaints in ((60.0, []), (40.0, ["/shared/runs is slow"])):  # a full one is none of those that are compared
+        disks = [replace(DISK, mib_per_second=speed), replace(DISK, mib_per_second=900.0), full]
+        found = [replace(facts, scratch=disk) for facts, disk in zip(GOOD, disks, strict=True)]
+        assert judge(found, NODES, need_gib=10.0) == {"n1": complaints, "n2": [], "n3": ["no space"]}
+
+
+def test_of_two_clocks_neither_is_to_blame() -> None:
+    two = [GOOD[0], replace(GOOD[1], clock_seconds=3.0)]
+    assert judge(two, NODES[:2], need_gib=10.0) == {"n1": [], "n2": []}
+
+
+def test_what_all_nodes_lack_is_no_nodes_fault() -> None:
+    found = [replace(facts, gpus_for_torch=0) for facts in GOOD]
+    found[0] = replace(found[0], clock_seconds=90.0)
+    assert split(found, judge(found, NODES, need_gib=10.0)) == (["torch finds 0 of 8 GPUs"], ["n1"])
+
+
+def test_a_full_run_directory_is_no_nodes_fault_even_where_there_is_one() -> None:
+    alone = [replace(GOOD[0], run=replace(DISK, free_gib=9.0), gpu_errors=["GPU 3 has 2 memory errors"])]
+    wrong = judge(alone, ["n1"], need_gib=10.0)
+    assert split(alone, wrong) == (["/shared/runs has less than 10.0 GiB free"], ["n1"])
+    filling = [replace(facts, run=replace(DISK, free_gib=free)) for facts, free in zip(GOOD, (9.04, 9.06, 9.1), strict=True)]
+    assert split(filling, judge(filling, NODES, need_gib=10.0)) == (["/shared/runs has less than 10.0 GiB free"], [])
+
+
+def test_only_what_a_gpu_does_not_get_over_counts() -> None:
+    log = """
+    [  12.3] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+    [  12.4] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+    [  15.0] NVRM: Xid (PCI:0000:5e:00): 31, pid=4242, name=python, Ch 00000008, MMU Fault
+    """
+    assert fatal_xids(log) == ["XID 79 of GPU PCI:0000:3b:00"]

@@ -1,0 +1,42 @@
+"""Two states are compared by more than rounding."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from kantai.cluster import Place
+from kantai.config import load_config
+from kantai.data import open_data
+from kantai.engine import Engine
+from kantai.model import MicroBatch, build_model
+from kantai.verify import TOLERANCES, of_states
+from tests.helpers.commands import CONFIG, TINY
+
+NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
+
+
+def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The same updates, dealt otherwise: they differ by rounding, which is all that a key's bias moves by."""
+    data_arguments = [
+        f"--data.shards={shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        "--run_dir=unused",
+        "--training.total_updates=100",
+    ]
+    for rows in (4, 5):
+        config = load_config(CONFIG, [*TINY, *data_arguments, f"--batch.micro_batch_size={rows}", *NO_DROPOUT])
+        data = open_data(config)
+        engine, batches = Engine(config, Place(0, 1, 0), build_model(config, data.vocabulary)), data.training_batches(1)
+        for update in range(2):
+            steps = range(batches.stage(update).plan.gradient_accumulation_steps)
+            engine.update(update, [MicroBatch(batches.micro_batch(update, step, 0)) for step in steps], 1e-3)
+        (tmp_path / str(rows)).mkdir()
+        engine.save_state(tmp_path / str(rows))
+    one, other = tmp_path / "4", tmp_path / "5"
+    assert 0 < of_states(one, other, with_rounding=False) <= TOLERANCES["fp32"][1]
+    assert of_states(one, other, with_rounding=True) > 0.1
+    (path,) = other.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["lm_head.bias/exp_avg_sq"] *= 1.01
+    save_file(tensors, path)
+    assert of_states(one, other, with_rounding=False) > TOLERANCES["fp32"][1]

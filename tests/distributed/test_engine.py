@@ -1,0 +1,128 @@
+"""What one rank does with an update and a checkpoint; tests/integration/test_backends.py has the ranks."""
+
+import dataclasses
+import math
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kantai import UserError
+from kantai.cluster import Place
+from kantai.config import load_config
+from kantai.data import open_data
+from kantai.engine import Engine, Outcome
+from kantai.model import MicroBatch, SavedState, build_model
+from tests.helpers.commands import CONFIG, TINY
+
+
+class Run:
+    """An engine and its data, without a loop."""
+
+    def __init__(self, *arguments: str) -> None:
+        config = load_config(CONFIG, [*TINY, "--run_dir=unused", *arguments])
+        data = open_data(config)
+        self.engine = Engine(config, Place(0, 1, 0), build_model(config, data.vocabulary))
+        self.batches = data.training_batches(1)
+
+    def update(self, number: int, *limit: float) -> Outcome:
+        steps = range(self.batches.stage(number).plan.gradient_accumulation_steps)
+        return self.engine.update(number, [MicroBatch(self.batches.micro_batch(number, step, 0)) for step in steps], 1e-3, *limit)
+
+    def weights(self) -> dict[str, Any]:
+        return {name: value.clone() for name, value in self.engine.raw_model.state_dict().items()}
+
+
+@pytest.fixture
+def start(shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Run]:
+    return lambda *arguments: Run(f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", *arguments)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_above_the_limit_is_not_done(optimizer: str, start: Callable[..., Run]) -> None:
+    run = start(f"--optimizer.name={optimizer}")
+    before, norm = run.weights(), run.update(0, math.inf, 0.0).grad_norm
+    assert same(run.weights(), before)
+    assert not run.update(0, math.inf, norm * 1.01).skipped
+    assert not same(run.weights(), before)
+    assert run.update(1, math.inf, norm / 10).skipped
+    assert run.update(2, 1.0).skipped  # of a loss
+
+
+def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_update(start: Callable[..., Run]) -> None:
+    run = start("--training.precision=fp16")
+    run.engine.loss_scale.value = 2.0**100
+    before, outcome = run.weights(), run.update(0)
+    assert (outcome.skipped, outcome.loss_scale, run.engine.loss_scale.value) == (False, 2.0**100, 2.0**99)
+    assert math.isinf(outcome.grad_norm) or math.isnan(outcome.grad_norm)
+    assert same(run.weights(), before)
+    run.engine.loss_scale.value = 2.0**10
+    assert run.update(1).grad_norm < 10
+    assert not same(run.weights(), before)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start()
+    run.update(0)
+    run.engine.save_state(tmp_path)
+    run.engine.load_state(tmp_path)
+    (path,) = tmp_path.glob("state-*.safetensors")
+    tensors, name = load_file(path), "roberta.embeddings.LayerNorm.bias/exp_avg_sq"
+    for change, message in (
+        ({}, f"lacks tensor {name}"),
+        ({name: tensors[name], "roberta.more": torch.zeros(1)}, "has an unknown tensor roberta.more"),
+        ({name: torch.zeros(3)}, rf"{name} has shape \[3\], the model's is \[32\]"),
+    ):
+        save_file({key: value for key, value in tensors.items() if key != name} | change, path)
+        before = run.weights()
+        with pytest.raises(UserError, match=message):
+            run.engine.load_state(tmp_path)
+        assert same(run.weights(), before)
+
+
+def test_a_watchdog_hears_of_every_micro_step(start: Callable[..., Run]) -> None:
+    run, heard = start("--batch.micro_batch_size=2"), list[int]()
+    run.engine.still_alive = lambda: heard.append(0)
+    run.update(0)
+    assert len(heard) == 5
+
+
+def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read = start(), list[str]()
+    run.engine.save_state(tmp_path)
+    first, *others = run.engine.optimizer.held
+    (part,) = first.parts
+    run.engine.optimizer.held = [dataclasses.replace(first, parts=[dataclasses.replace(part, numel=0)]), *others]
+    real = SavedState.__getitem__
+    monkeypatch.setattr(SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    run.engine.load_state(tmp_path)
+    assert part.name in read  # the model has it whole
+    assert [name for name in read if name.startswith(f"{part.name}/")] == []
+    assert f"{others[0].parts[0].name}/exp_avg" in read
+
+
+@pytest.mark.parametrize(
+    ("copies", "found"),
+    [
+        ([1, 2, 1], "rank 1 (NODE) has other weights than the rest: a device may be faulty"),
+        ([1, 2], "rank 0 (NODE), rank 1 (NODE) differ in their weights, and none has most ranks on its side"),
+        ([1, 1, 2, 2], "rank 0 (NODE), rank 1 (NODE), rank 2 (NODE), rank 3 (NODE) differ in their weights"),
+    ],
+)
+def test_a_rank_with_other_weights_is_named(
+    copies: list[int], found: str, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start().engine
+    engine.compare_replicas()
+    monkeypatch.setattr(engine, "from_all", lambda own: [(own[0], [copy]) for copy in copies])
+    with pytest.raises(UserError) as error:
+        engine.compare_replicas()
+    assert str(error.value).startswith(found.replace("NODE", platform.node()))

@@ -1,0 +1,155 @@
+"""A program of scripts/ with a fault planted in the engine: tests/helpers/faults.py FAULT PROGRAM ARGUMENTS..."""
+
+import runpy
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kantai.batches import Batches
+from kantai.cluster import Place
+from kantai.engine import Engine
+from kantai.engine.backends import DeepSpeedZero, Torch
+
+place = Place.from_environment()
+is_last = place.rank == place.world_size - 1
+
+
+def mean_of_means() -> None:
+    """Each rank divides by the masked tokens of its own rows."""
+    real = Engine.sum_over_ranks
+
+    def own(self: Engine, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.device) * place.world_size if values.shape == (3,) else real(self, values)
+
+    Engine.sum_over_ranks = own  # type: ignore[method-assign]
+
+
+def dropped_rank() -> None:
+    """One rank's gradients do not arrive."""
+
+    def drop(kind: type[Torch]) -> None:
+        real = kind.backward
+        kind.backward = lambda self, loss, scale: real(self, loss * (not is_last), scale)  # type: ignore[method-assign]
+
+    drop(Torch)
+    drop(DeepSpeedZero)
+
+
+def dropped_micro_step() -> None:
+    """The gradients of all micro-steps but the last are lost."""
+    real = Torch.accumulating
+
+    def forgetting(self: Torch, last: bool) -> Any:
+        self.raw_model.zero_grad()
+        return real(self, last)
+
+    Torch.accumulating = forgetting  # type: ignore[method-assign]
+
+
+def other_data() -> None:
+    """One rank reads another update's rows."""
+    real = Batches.micro_batch
+    Batches.micro_batch = lambda self, update, step, rank: real(self, update + (is_last and rank > 0), step, rank)  # type: ignore[method-assign]
+
+
+def lost_moment() -> None:
+    """A resume begins with new second moments."""
+    real = Engine.load_state
+
+    def forgetting(self: Engine, folder: Path) -> None:
+        real(self, folder)
+        for held in self.optimizer.held:
+            self.optimizer.moments(held)["exp_avg_sq"].zero_()
+
+    Engine.load_state = forgetting  # type: ignore[method-assign]
+
+
+def flipped_bit() -> None:
+    """In one rank's weights a bit changes at the sixth update."""
+    real = Engine.update
+
+    def flipping(self: Engine, update: int, *rest: Any) -> Any:
+        outcome = real(self, update, *rest)
+        if is_last and update == 5:
+            next(self.raw_model.parameters()).data.view(torch.int32)[0, 0] ^= 1
+        return outcome
+
+    Engine.update = flipping  # type: ignore[method-assign]
+
+
+def bad_gradient() -> None:
+    """One rank, and no other, has a gradient that is no number, after gradients were exchanged."""
+    real = Torch.step
+    calls = []
+
+    def spoiling(self: Torch, *rest: Any) -> Any:
+        calls.append(0)
+        if is_last and len(calls) == 4:
+            next(self.raw_model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+        return real(self, *rest)
+
+    Torch.step = spoiling  # type: ignore[method-assign]
+
+
+def third_engine_refused() -> None:
+    """No fault but a limit: there is memory for two engines at once."""
+    real, alive = Engine.__init__, weakref.WeakSet[Any]()
+
+    def counting(self: Engine, *rest: Any) -> None:
+        assert len(alive) < 2, "a third engine"
+        real(self, *rest)
+        alive.add(self.optimizer.held[0].tensor)  # whoever holds it
+
+    Engine.__init__ = counting  # type: ignore[method-assign]
+
+
+def bad_gradient_and_stop() -> None:
+    """The same, and at that moment the run is asked to stop."""
+    bad_gradient()
+    real = Torch.step
+    calls = []
+    (run,) = (Path(argument.removeprefix("--run_dir=")) for argument in sys.argv if argument.startswith("--run_dir="))
+
+    def asking(self: Torch, *rest: Any) -> Any:
+        calls.append(0)
+        if place.is_main and len(calls) == 4:
+            (run / "STOP").touch()
+        return real(self, *rest)
+
+    Torch.step = asking  # type: ignore[method-assign]
+
+
+def exploding_loss() -> None:
+    """One rank's loss is a thousand times what it is, at the 104th update."""
+    real = Engine.update
+
+    def exploding(self: Engine, update: int, *rest: Any) -> Any:
+        factor = 1000.0 if is_last and update == 103 else 1.0
+        hook = self.raw_model.register_forward_hook(lambda *call: (call[-1][0] * factor, call[-1][1]))
+        outcome = real(self, update, *rest)
+        hook.remove()
+        return outcome
+
+    Engine.update = exploding  # type: ignore[method-assign]
+
+
+def hanging_rank() -> None:
+    """One rank never comes to its fourth update."""
+    real = Engine.update
+
+    def hanging(self: Engine, update: int, *rest: Any) -> Any:
+        while is_last and update == 3:
+            time.sleep(1)
+        return real(self, update, *rest)
+
+    Engine.update = hanging  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    sys.argv = sys.argv[2:]
+    runpy.run_path(str(Path(__file__).parents[2] / "scripts" / f"{sys.argv[0]}.py"), run_name="__main__")

@@ -1,0 +1,45 @@
+"""A model of a few hundred parameters, and gradients for it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kantai.config import Config, load_config
+from tests.helpers.commands import CONFIG
+
+UPDATES = 4
+
+
+def load(*arguments: str) -> Config:
+    return load_config(CONFIG, ["--data.shards=a", "--data.tokenizer=b", "--run_dir=c", *arguments])
+
+
+class Tiny(nn.Module):
+    """Named like a RoBERTa: an embedding, a tall and a wide matrix, a norm, a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embeddings = nn.Embedding(20, 8)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.LayerNorm = nn.LayerNorm(8)
+        self.decoder = nn.Linear(8, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.decoder(self.LayerNorm(self.down(self.up(self.embeddings(ids)).relu())))  # type: ignore[no-any-return]
+
+
+def gradients() -> Iterator[list[Tensor]]:
+    """Of each update, for all parameters: far from 0 and of different sizes."""
+    torch.manual_seed(2)
+    for _ in range(UPDATES):
+        yield [torch.randn_like(parameter) * 10.0**number for number, parameter in enumerate(Tiny().parameters(), -5)]
+
+
+def trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    for found in gradients():
+        for parameter, gradient in zip(model.parameters(), found, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    return model.state_dict()

@@ -1,0 +1,186 @@
+"""Bad input gets one line that says what to do, exit code 2, no traceback; and nothing is written."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kantai.checkpoint import staged
+from kantai.tokenizer import save_tokenizer, train_tokenizer
+from tests.helpers.commands import ENVIRONMENT, ROOT, TINY, pretrain, script
+
+
+class Workshop:
+    """Good inputs, to spoil one of them; ``new`` must not be there afterwards."""
+
+    def __init__(self, folder: Path, corpus: Path, tokenizer: Path, shards: Path) -> None:
+        self.folder, self.corpus, self.tokenizer, self.shards = folder, corpus, tokenizer, shards
+        self.new = folder / "new"
+
+    def file(self, name: str, content: bytes) -> Path:
+        (self.folder / name).write_bytes(content)
+        return self.folder / name
+
+    def copy_of_shards(self) -> Path:
+        return Path(shutil.copytree(self.shards, self.folder / "shards"))
+
+    def train_tokenizer(self, *arguments: object) -> tuple[object, ...]:
+        return ("train_tokenizer", "--output", self.new, *arguments)
+
+    def tokenize(self, corpus: Path, *arguments: object) -> tuple[object, ...]:
+        return ("tokenize_corpus", "--input", corpus, "--tokenizer", self.tokenizer, "--output", self.new, *arguments)
+
+    def pretrain(self, *arguments: object) -> tuple[object, ...]:
+        where = [f"--data.shards={self.shards}", f"--data.tokenizer={self.tokenizer}", f"--run_dir={self.new}"]
+        return ("pretrain", "--config", ROOT / "configs/quickstart.yaml", *TINY, *where, *arguments)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, shards_dir: Path) -> Workshop:
+    return Workshop(tmp_path, corpus_file, tokenizer_dir, shards_dir)
+
+
+def with_flipped_bit(shards: Path) -> Path:
+    path = next(shards.glob("train-*.arrow"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return shards
+
+
+def other_tokenizer(folder: Path) -> Path:
+    with staged(folder / "other", kind="tokenizer") as staging:
+        save_tokenizer(train_tokenizer(["a few other words, a few other words"], 300, 2), staging)
+    return folder / "other"
+
+
+CASES: dict[str, tuple[Callable[[Workshop], tuple[object, ...]], str]] = {
+    "missing file": (lambda w: w.train_tokenizer("--input", w.folder / "nothing.txt"), "no input at"),
+    "empty file": (lambda w: w.train_tokenizer("--input", w.file("empty.txt", b"")), "is empty"),
+    "blank file": (lambda w: w.tokenize(w.file("blank.txt", b"\n \n")), "the input has no text"),
+    "binary file": (lambda w: w.tokenize(w.file("binary.txt", b"text\n\0\0\0\n")), "line 2 has a NUL byte"),
+    "wrong encoding": (lambda w: w.tokenize(w.file("latin1.txt", "Ding an sich\nübersinnlich".encode("latin-1"))), "line 2 is not UTF-8"),
+    "bad JSON": (lambda w: w.tokenize(w.file("a.jsonl", b'{"text": "good"}\n{"text": \n')), "line 2 is not JSON"),
+    "other field": (lambda w: w.tokenize(w.file("a.jsonl", b'{"content": "good"}\n')), "--text_field"),
+    "tiny vocabulary": (lambda w: w.train_tokenizer("--input", w.corpus, "--vocab_size", 100), "--vocab_size 100 is too small"),
+    "large sample": (lambda w: w.train_tokenizer("--input", w.corpus, "--sample_bytes", 1e10), "--sample_bytes 1e+10 must lie between"),
+    "driver not installed": (lambda w: w.train_tokenizer("--input", "gs://bucket/a.txt"), "pip install gcsfs"),
+    "no data set": (lambda w: w.train_tokenizer("--input", "hub:./nothing"), "hub:./nothing cannot be opened"),
+    "too little text": (lambda w: w.train_tokenizer("--input", w.file("a.txt", b"a")), "bring more text"),
+    "no tokenizer": (lambda w: ("tokenize_corpus", "--input", w.corpus, "--tokenizer", w.folder, "--output", w.new), "no tokenizer at"),
+    "held out too much": (lambda w: w.tokenize(w.corpus, "--held_out", 1.5), "--held_out 1.5 must lie between 0 and 1"),
+    "part without parts": (lambda w: w.tokenize(w.corpus, "--part", 0), "give --part and --parts together"),
+    "merge of a part": (lambda w: w.tokenize(w.corpus, "--part", 0, "--parts", 2, "--merge"), "and --merge without them"),
+    "a part too far": (lambda w: w.tokenize(w.corpus, "--part", 2, "--parts", 2), "--part 2 must be one of 0 to 1"),
+    "merge of nothing": (lambda w: w.tokenize(w.corpus, "--merge"), "1 of 1 pieces are not tokenized yet (0)"),
+    "nothing held out": (lambda w: w.tokenize(w.file("a.txt", b"one line")), "raise --held_out"),
+    "output exists": (
+        lambda w: ("tokenize_corpus", "--input", w.corpus, "--tokenizer", w.tokenizer, "--output", w.shards),
+        "exists already",
+    ),
+    "no config": (lambda w: ("pretrain", "--config", w.folder / "nothing.yaml"), "cannot read the config"),
+    "config that is no YAML": (lambda w: ("pretrain", "--config", w.file("a.yaml", b"a: [")), "is not YAML"),
+    "unknown key": (lambda w: w.pretrain("--optimizer.learning_rte=1"), "the nearest known one is 'optimizer.learning_rate'"),
+    "wrong type": (lambda w: w.pretrain("--batch.global_batch_size=many"), "batch.global_batch_size"),
+    "wrong range": (lambda w: w.pretrain("--masking.ratio=1.5"), "masking.ratio"),
+    "no such packing": (lambda w: w.pretrain("--data.packing=tight"), "data.packing"),
+    "long warm-up": (lambda w: w.pretrain("--optimizer.warmup_updates=9999"), "optimizer.warmup_updates 9999 is not less"),
+    "loose argument": (lambda w: w.pretrain("--fast"), "--section.key=value"),
+    "prompt without mask": (lambda w: w.pretrain('--evaluation.prompts=["I think"]'), "must have exactly one <mask>"),
+    "no shards": (lambda w: w.pretrain(f"--data.shards={w.folder / 'nothing'}"), "no shards at"),
+    "another tokenizer": (lambda w: w.pretrain(f"--data.tokenizer={other_tokenizer(w.folder)}"), "were made with another tokenizer"),
+    "small embedding": (lambda w: w.pretrain("--model.vocab_size=64"), "model.vocab_size 64 is less than"),
+    "long sequences": (lambda w: w.pretrain("--data.seq_len=1000000"), "less than one sequence"),
+    "damaged shards": (lambda w: w.pretrain(f"--data.shards={with_flipped_bit(w.copy_of_shards())}"), "fails its checksum"),
+    "folder of something else": (lambda w: w.pretrain(f"--run_dir={w.shards}"), "is no run directory"),
+    "no run to evaluate": (lambda w: ("evaluate", w.folder), "is no run directory"),
+    "no run to export": (lambda w: ("export", w.folder, "--output", w.new), "is no run directory"),
+    "no model": (lambda w: ("fill_mask", w.new, "I <mask>."), "no model at"),
+    "no mask": (lambda w: ("fill_mask", w.folder, "I think."), "must have exactly one <mask>"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_exit_code_2(case: str, workshop: Workshop) -> None:
+    command, message = CASES[case]
+    before = sorted(workshop.shards.rglob("*"))
+    name, *arguments = command(workshop)
+    done = script(str(name), *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not workshop.new.exists()
+    assert not list(workshop.folder.glob(".*"))
+    assert sorted(workshop.shards.rglob("*")) == before
+
+
+def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> None:
+    _, *arguments = workshop.pretrain("--training.total_updates=2")
+    arguments = arguments[2 + len(TINY) :]
+    pretrain(None, *arguments)
+    before = {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()}
+    for change, message in (
+        ("--optimizer.learning_rate=0.5", "optimizer.learning_rate was 0.001 and is 0.5"),
+        ("--seed=1", "seed was 0 and is 1"),
+        ("--resume=never", "has a run already"),
+    ):
+        done = script("pretrain", "--config", "configs/quickstart.yaml", *TINY, *arguments, change)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()} == before
+
+
+def test_every_rank_refuses_and_one_speaks(workshop: Workshop) -> None:
+    command = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        "configs/accelerate/cpu.yaml",
+        "scripts/pretrain.py",
+        "--config",
+        "configs/quickstart.yaml",
+    ]
+    done = subprocess.run([*command, "--seeed=1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "unknown key 'seeed'; the nearest known one is 'seed'" in done.stderr
+
+
+def test_no_space_left(workshop: Workshop) -> None:
+    """A file-size limit stands in for the full disk where there is no root to mount a small one."""
+    small = workshop.folder / "small"
+    small.mkdir()
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
+    try:
+        limit = [] if os.geteuid() == 0 else ["prlimit", "--fsize=65536"]
+        command = [*limit, "python", "scripts/tokenize_corpus.py", "--input", workshop.corpus, "--tokenizer", workshop.tokenizer]
+        done = subprocess.run(
+            [*map(str, command), "--output", str(small / "shards")],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "no space left" in done.stderr or "File too large" in done.stderr
+        assert not list(small.iterdir())
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", small], check=True)
+
+
+def test_checking_writes_nothing(workshop: Workshop) -> None:
+    name, *arguments = workshop.pretrain("--check")
+    done = script(str(name), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "0 of" in done.stdout
+    assert not workshop.new.exists()

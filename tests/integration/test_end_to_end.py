@@ -1,0 +1,150 @@
+"""The whole line with the commands of the README, and the quickstart, interrupted and run again."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from kantai.checkpoint import verify
+from kantai.model import build_model, load_weights
+from kantai.rundir import open_saved_run
+from tests.helpers.commands import ENVIRONMENT, ROOT, kill_at_once, metrics, pretrain, script
+
+UPDATES = 5
+
+
+@pytest.fixture(scope="module")
+def run(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("line") / "run"
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={folder}"]
+    pretrain(None, *where, f"--training.total_updates={UPDATES}", "--evaluation.every_updates=2", "--checkpoint.every_updates=2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(run: Path) -> Path:
+    done = script("export", run, "--output", run.parent / "model")
+    assert done.returncode == 0, done.stderr
+    assert "logits equal within" in done.stdout
+    return run.parent / "model"
+
+
+def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
+    for name in ("loss", "accuracy", "perplexity", "learning_rate", "grad_norm"):
+        assert len(metrics(run, f"train/{name}")) == UPDATES
+    assert all(0 < mfu < 2 for mfu in metrics(run, "speed/mfu"))
+    assert all(0 < goodput < 1 for goodput in metrics(run, "speed/goodput"))
+    for name in ("speed/tokens_per_second", "speed/data_wait_seconds", "speed/update_seconds"):
+        assert len(metrics(run, name)) == UPDATES
+    assert len(metrics(run, "held_out/loss")) == len(metrics(run, "memory/peak_gib")) == 3
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("train/loss", "speed/goodput"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(metrics(run, name))
+    assert len(events.Tensors("fill_mask/text_summary")) == 3
+    assert b"&lt;mask>" in events.Tensors("fill_mask/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_retention_keeps_the_last_ones(run: Path) -> None:
+    assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == ["update-00000002", "update-00000004", "update-00000005"]
+
+
+def test_evaluate_says_what_training_said(run: Path) -> None:
+    done = script("evaluate", run)
+    assert done.returncode == 0, done.stderr
+    (loss,) = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss"))
+    assert loss == pytest.approx(metrics(run, "held_out/loss")[-1], abs=1e-3)
+    assert "unigram entropy" in done.stdout
+
+
+def test_the_exported_folder_is_stock_complete_and_the_trained_model(run: Path, model_dir: Path) -> None:
+    verify(model_dir)
+    opened, update = open_saved_run(run)
+    trained = build_model(opened.config, opened.data.vocabulary)
+    load_weights(trained, opened.store.path(update))
+    loaded, tokenizer = AutoModelForMaskedLM.from_pretrained(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
+    assert type(loaded).__name__ == "RobertaForMaskedLM"
+    inputs = tokenizer("The value of the <mask> is an object.", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(loaded(**inputs).logits, trained.eval()(**inputs).logits, atol=1e-5)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tokenizer.model_max_length == opened.config.data.seq_len
+    assert len(pipeline("fill-mask", model=str(model_dir))("A <mask>.")) == 5
+    card = (model_dir / "README.md").read_text()
+    for fingerprint in ("config", "shards", "tokenizer", "code"):
+        assert opened.lineage[fingerprint] in card
+    assert f"{metrics(run, 'held_out/loss')[-1]:.3f}" in card
+
+
+def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(run: Path, model_dir: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in model_dir.rglob("*")}
+    assert script("export", run, "--output", model_dir).returncode == 2
+    assert {path: path.read_bytes() for path in model_dir.rglob("*")} == before
+    damaged = shutil.copytree(run, tmp_path / "run")
+    for path in damaged.glob("checkpoints/*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    done = script("export", damaged, "--output", tmp_path / "model")
+    assert done.returncode == 2
+    assert "all of the 3 checkpoints" in done.stderr and "are damaged" in done.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_fill_mask_prints_five_words_a_text(model_dir: Path, run: Path) -> None:
+    prompts = (run / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == 3
+    done = script("fill_mask", model_dir, "A <mask> of the object.", "--prompts", run / "prompts.txt")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == ["A <mask> of the object.", *prompts]
+    assert len(lines) == 4 * 6
+
+
+def test_a_mask_beyond_the_models_sight_is_said(model_dir: Path) -> None:
+    done = script("fill_mask", model_dir, "word " * 100 + "<mask>")
+    assert done.returncode == 2
+    assert "lies beyond the 32 tokens" in done.stderr.splitlines()[-1]
+
+
+def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpus_file: Path, tmp_path: Path) -> None:
+    """In a copy of the repository, with its .venv; a few updates instead of minutes of them."""
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    command = [
+        "bash",
+        "scripts/quickstart.sh",
+        "--corpus",
+        str(corpus_file),
+        "--training.total_updates=50",
+        "--checkpoint.every_updates=5",
+        "--optimizer.warmup_updates=5",
+    ]
+
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    while not list(tmp_path.glob("runs/*/run/checkpoints/update-*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    kill_at_once(process)
+
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (work,) = tmp_path.glob("runs/*")
+    assert "50 updates, 0 done" not in done.stdout
+    assert "50 updates, " in done.stdout
+    assert len(metrics(work / "run", "train/loss")) == 50
+    for said in ("unigram entropy", "logits equal within", f"runs/{work.name}/model", "tensorboard --logdir"):
+        assert said in done.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.splitlines()[-8:] == done.stdout.splitlines()[-8:]
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before

@@ -1,0 +1,280 @@
+"""Every file that the programs read, damaged at random: each time it is as if nothing had happened, or one error that the programs print.
+
+Bytes are changed, and values of JSON and YAML are exchanged for others, also under manifests that have been signed anew: so the checks
+behind the checksums are looked at too.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kantai import UserError
+from kantai.checkpoint import MANIFEST, CheckpointStore, digest, sha256
+from kantai.cluster import Place
+from kantai.config import BatchPlan, load_config
+from kantai.data import open_data
+from kantai.engine import Engine
+from kantai.ledger import describe_shards, hash_stream
+from kantai.metrics import Metrics
+from kantai.model import build_model, load_weights
+from kantai.rundir import PassedOver, open_run_dir, open_saved_run
+from kantai.tokenizer import load_tokenizer
+from tests.helpers.commands import CONFIG, TINY
+
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+# What the library promises of no file: a traceback for the user.
+Read = Callable[[], object]
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """A way to change some bytes: flipped, cut off, taken out, put in."""
+    how, at, some = draw(st.sampled_from("flip cut remove insert".split())), draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=20))
+
+    def damage(content: bytes) -> bytes:
+        place = int(at * len(content))
+        if how == "flip":
+            changed = bytes(a ^ b for a, b in zip(content[place : place + len(some)], some, strict=False))
+            return content[:place] + changed + content[place + len(changed) :]
+        behind = {"cut": b"", "remove": content[place + len(some) :], "insert": some + content[place:]}
+        return content[:place] + behind[how]
+
+    return damage
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> Callable[[Any], Any]:
+    """A way to put another value somewhere into a tree of dicts and lists, or to take one out."""
+    path, value, gone = draw(st.lists(st.integers(0, 99), max_size=6)), draw(anything), draw(st.booleans())
+
+    def exchange(tree: Any, path: list[int] = path) -> Any:
+        if not path or not isinstance(tree, dict | list) or not tree:
+            return value
+        copy: Any = tree.copy()
+        keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+        key = keys[path[0] % len(keys)]
+        if gone and len(path) == 1:
+            del copy[key]
+        else:
+            copy[key] = exchange(tree[key], path[1:])
+        return copy
+
+    return exchange
+
+
+def signed_anew(folder: Path, change: Callable[[Any], Any] = lambda tree: tree) -> None:
+    """Give a folder a manifest that is right about its bytes."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["digest"]
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in manifest["files"]}
+    changed = change({**manifest, "files": files})
+    signed = {**changed, "digest": digest(changed)} if isinstance(changed, dict) else changed
+    (folder / MANIFEST).write_text(json.dumps(signed))
+
+
+def survives(folder: Path, read: Read) -> None:
+    """Reading comes to a good end or to an error in words, and writes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    try:
+        read()
+    except UserError as error:
+        assert str(error)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.fixture
+def place(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> Path:
+    """A folder with shards, a tokenizer and a config."""
+    shutil.copytree(shards_dir, tmp_path / "shards")
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    (tmp_path / "config.yaml").write_text(CONFIG.read_text())
+    return tmp_path
+
+
+def reads(place: Path) -> Read:
+    """All that is done with shards and tokenizer before a model is shown them, and with the run directory."""
+
+    def read() -> None:
+        where = [f"--data.shards={place / 'shards'}", f"--data.tokenizer={place / 'tokenizer'}", f"--run_dir={place / 'run'}"]
+        config = load_config(place / "config.yaml", [*TINY, *where, "--training.total_updates=4", "--training.epochs=null"])
+        data = open_data(config)
+        open_run_dir(config, data).newest()
+        list(describe_shards(data.shards, data.vocabulary))
+        hash_stream(data.training_batches(1), 0, 4)
+        data.held_out_batches(BatchPlan(4, 4, 1))[0].micro_batch(0, 0, 0)
+        assert data.prompts() is not None
+        assert np.isfinite(data.unigram_entropy)
+
+    return read
+
+
+@fuzz
+@given(damage=damages())
+def test_a_config_of_any_bytes(damage: Callable[[bytes], bytes], place: Path) -> None:
+    (place / "config.yaml").write_bytes(damage(CONFIG.read_bytes()))
+    survives(place, lambda: load_config(place / "config.yaml"))
+
+
+@fuzz
+@given(exchange=exchanges())
+def test_a_config_of_any_values(exchange: Callable[[Any], Any], place: Path) -> None:
+    (place / "config.yaml").write_text(yaml.safe_dump(exchange(yaml.safe_load(CONFIG.read_text()))))
+    survives(place, lambda: load_config(place / "config.yaml"))
+
+
+@fuzz
+@given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
+def test_shards_of_any_bytes(damage: Callable[[bytes], bytes], which: int, signs: bool, place: Path, shards_dir: Path) -> None:
+    files = sorted(path.name for path in shards_dir.iterdir() if path.is_file())
+    name = files[which % len(files)]
+    (place / "shards" / name).write_bytes(damage((shards_dir / name).read_bytes()))
+    if signs and name != MANIFEST:
+        signed_anew(place / "shards")
+    survives(place, reads(place))
+    for restored in (name, MANIFEST):
+        shutil.copy(shards_dir / restored, place / "shards" / restored)
+
+
+@fuzz
+@given(exchange=exchanges())
+def test_a_manifest_of_any_values(exchange: Callable[[Any], Any], place: Path, shards_dir: Path) -> None:
+    signed_anew(place / "shards", exchange)
+    survives(place, reads(place))
+    shutil.copy(shards_dir / MANIFEST, place / "shards" / MANIFEST)
+
+
+@fuzz
+@given(damage=damages(), exchange=exchanges(), bytewise=st.booleans())
+def test_a_tokenizer_of_any_content(
+    damage: Callable[[bytes], bytes], exchange: Callable[[Any], Any], bytewise: bool, place: Path, tokenizer_dir: Path
+) -> None:
+    content = (tokenizer_dir / "tokenizer.json").read_bytes()
+    changed = damage(content) if bytewise else json.dumps(exchange(json.loads(content))).encode()
+    (place / "tokenizer" / "tokenizer.json").write_bytes(changed)
+
+    def encode() -> None:
+        ids, lengths = load_tokenizer(place / "tokenizer").encode(["I think. ü", "", "x" * 100])
+        assert len(ids) == lengths.sum()
+
+    survives(place, encode)
+    survives(place, reads(place))
+
+
+@pytest.fixture(scope="module")
+def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Engine]]:
+    """A run directory with a checkpoint, and an engine that can take it up."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={run}"]
+    config = load_config(CONFIG, [*TINY, *where, "--training.total_updates=4", "--training.epochs=null"])
+    run_dir = open_run_dir(config, open_data(config))
+    run_dir.create()
+    engine = Engine(config, Place(0, 1, 0), build_model(config, run_dir.data.vocabulary))
+    store = run_dir.store
+    store.take_over()
+    for update in (2, 4):
+        store.publish(update, engine.save_state(store.stage(update)), lineage=run_dir.lineage)
+    metrics = Metrics(run, store, 1, 0.0)
+    metrics.write(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/update_seconds": 1.0})
+    metrics.close()
+    PassedOver.of(run).add(2, 3, store)
+    yield run, engine
+    engine.close()
+
+
+def resumes(run: Path, engine: Engine) -> Read:
+    """What a resume and an export read."""
+
+    def read() -> None:
+        opened, update = open_saved_run(run)
+        PassedOver.of(run)
+        engine.load_state(opened.store.path(update))
+        load_weights(engine.raw_model, opened.store.path(update))
+
+    return read
+
+
+@fuzz
+@given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
+def test_a_run_directory_of_any_bytes(
+    damage: Callable[[bytes], bytes], which: int, signs: bool, saved: tuple[Path, Engine], tmp_path: Path
+) -> None:
+    run, engine = saved
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    files = sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file())
+    path = files[which % len(files)]
+    path.write_bytes(damage(path.read_bytes()))
+    if signs and path.suffix == ".safetensors":
+        signed_anew(path.parent)
+    survives(tmp_path, resumes(tmp_path / "run", engine))
+
+
+@fuzz
+@given(exchange=exchanges(), name=st.sampled_from(["manifest", "header", "passed_over", "config"]))
+def test_a_run_directory_of_any_values(exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path) -> None:
+    run, engine = saved
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    newest = CheckpointStore(tmp_path / "run").path(4)
+    if name == "manifest":
+        signed_anew(newest, exchange)
+    elif name == "header":
+        (path,) = newest.glob("*.safetensors")
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.dumps(exchange(json.loads(content[8 : 8 + size]))).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+        signed_anew(newest)
+    elif name == "passed_over":
+        line = json.loads((tmp_path / "run" / "passed_over.jsonl").read_text())
+        (tmp_path / "run" / "passed_over.jsonl").write_text(json.dumps(exchange(line)) + "\n")
+    else:
+        path = tmp_path / "run" / "config.yaml"
+        path.write_text(yaml.safe_dump(exchange(yaml.safe_load(path.read_text()))))
+    survives(tmp_path, resumes(tmp_path / "run", engine))
+
+
+@fuzz
+@given(damage=damages())
+def test_metrics_of_any_bytes_are_gone_on_with(damage: Callable[[bytes], bytes], saved: tuple[Path, Engine], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(damage((saved[0] / "metrics.jsonl").read_bytes() * 3))
+    gone_on_with(tmp_path)
+
+
+@fuzz
+@given(exchange=exchanges(), name=st.sampled_from(["metrics", "starts"]))
+def test_metrics_of_any_values_are_gone_on_with(
+    exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path
+) -> None:
+    for each in ("metrics", "starts"):
+        line = json.loads((saved[0] / f"{each}.jsonl").read_text())
+        (tmp_path / f"{each}.jsonl").write_text(json.dumps(exchange(line) if each == name else line) + "\n")
+    gone_on_with(tmp_path)
+
+
+def gone_on_with(run: Path) -> None:
+    store = CheckpointStore(run)
+    store.take_over()
+    metrics = Metrics(run, store, 2, 0.0)
+    metrics.last("train/loss", 5)
+    metrics.goodput.add(1.0)
+    metrics.write(2, {"train/loss": 1.0})
+    metrics.close()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["update"] <= 2

@@ -1,0 +1,67 @@
+"""What the model is shown: one stream of samples and masks, whoever reads it, in however many pieces, from wherever."""
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from kantai.batches import Batch
+from kantai.config import Config, load_config
+from kantai.data import Data, open_data
+from kantai.ledger import hash_stream, hash_update
+from kantai.loader import stream
+from tests.helpers.commands import CONFIG
+
+UPDATES = 200
+RESUMED_AT = (0, 57, 131)  # the first resume at the end of a stage
+
+
+@pytest.fixture(scope="module")
+def config(many_shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Config]:
+    """Two stages, windows of a few shards, and more updates than an epoch has."""
+
+    def load(*changes: str) -> Config:
+        settings = [f"--data.shards={many_shards_dir}", f"--data.tokenizer={tokenizer_dir}", "--data.shuffle_window=3", "--seed=5"]
+        stages = "--stages=[{until_update: 57, seq_len: 16, global_batch_size: 11}]"
+        sizes = ["--data.seq_len=32", "--batch.global_batch_size=24", f"--training.total_updates={UPDATES}", stages]
+        return load_config(CONFIG, [*settings, *sizes, *changes])
+
+    return load
+
+
+def hash_of_run(data: Data, world_size: int, workers: int, starts: tuple[int, ...]) -> str:
+    """The hash of what all ranks are given by a run's own loader, started again at some updates."""
+    batches = data.training_batches(world_size)
+    dealt: list[list[list[Batch]]] = [[] for _ in range(UPDATES)]  # by update, rank, micro-step
+    for first, stop in itertools.pairwise([*starts, UPDATES]):
+        ranks = [stream(batches, rank, first, UPDATES, workers) for rank in range(world_size)]
+        # A run that is interrupted has had more prepared than it did.
+        for of_ranks in itertools.islice(zip(*ranks, strict=True), stop - first):
+            dealt[of_ranks[0][0]] = [[micro_batch.batch for micro_batch in found] for _, found, _ in of_ranks]
+    digest = hashlib.sha256()
+    for update, of_ranks in enumerate(dealt):
+        hash_update(digest, itertools.chain.from_iterable(of_ranks), batches.stage(update).plan.global_batch_size, batches.pad_id)
+    return digest.hexdigest()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_one_stream_for_every_world_micro_batch_worker_count_resume_and_place(
+    workers: int, config: Callable[..., Config], many_shards_dir: Path, tmp_path: Path
+) -> None:
+    remote = fsspec.filesystem("memory")
+    remote.put(str(many_shards_dir), f"/shards-{workers}", recursive=True)
+    largest = max(path.stat().st_size for path in many_shards_dir.glob("*.arrow"))
+    # A cache that holds some shards and not all: they are evicted and fetched again throughout.
+    elsewhere = [f"--data.shards=memory://shards-{workers}", f"--data.cache_dir={tmp_path}", f"--data.cache_gb={8 * largest / 1e9}"]
+    found = {}
+    for places, micro in itertools.product(([], elsewhere), (4, 24)):
+        data = open_data(config(f"--batch.micro_batch_size={micro}", *places))
+        for world_size, starts in itertools.product((1, 2, 3, 5, 8), ((0,), RESUMED_AT)):
+            found[bool(places), micro, world_size, starts] = hash_of_run(data, world_size, workers, starts)
+    assert len(found) == 40
+    local = open_data(config())
+    assert set(found.values()) == {hash_stream(local.training_batches(1), 0, UPDATES)}

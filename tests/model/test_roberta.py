@@ -1,0 +1,161 @@
+"""The model is the stock one, and its loss the stock loss, computed on fewer positions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from kantai.batches import Batch
+from kantai.config import Config, load_config
+from kantai.data import open_data
+from kantai.masking import IGNORED_LABEL
+from kantai.model import MaskedRoberta, MicroBatch, build_model, training_flops
+from kantai.tokenizer import load_tokenizer
+from tests.helpers.commands import ROOT
+
+SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.intermediate_size=64", "--data.seq_len=32"]
+
+
+@pytest.fixture(params=["contiguous", "padded"])
+def config(request: pytest.FixtureRequest, shards_dir: Path, tokenizer_dir: Path) -> Config:
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--data.packing={request.param}"]
+    return load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where])
+
+
+def model_and_batch(config: Config) -> tuple[MaskedRoberta, Batch]:
+    data = open_data(config)
+    return build_model(config, data.vocabulary).eval(), data.training_batches(1).micro_batch(3, 0, 0)
+
+
+def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Config) -> None:
+    model, batch = model_and_batch(config)
+    inputs = MicroBatch(batch).inputs
+    assert config.data.packing == "contiguous" or not inputs["attention_mask"].all()
+    loss_sum, correct = model(**inputs)
+    masked = int((batch.labels != IGNORED_LABEL).sum())
+    (loss_sum / masked).backward()
+
+    stock = RobertaForMaskedLM(RobertaConfig.from_dict(model.config.to_dict())).eval()  # with the attention that others get
+    stock.load_state_dict(model.state_dict())
+    labels = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
+    for row, positions in enumerate(inputs["masked_positions"]):
+        for position, label in zip(positions, inputs["labels"][row], strict=True):
+            if label != IGNORED_LABEL:
+                labels[row, position] = label
+    out = stock(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), labels=labels)
+    out.loss.backward()
+
+    assert (loss_sum / masked).item() == pytest.approx(out.loss.item(), rel=1e-6)
+    assert correct.item() == ((out.logits.argmax(-1) == labels) & (labels != IGNORED_LABEL)).sum().item()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
+
+
+@torch.no_grad()
+def test_in_bf16_attention_is_what_it_is_in_fp32_but_for_rounding(config: Config) -> None:
+    """On CPU it is computed in another way there."""
+    model, batch = model_and_batch(config)
+    inputs = MicroBatch(batch).inputs
+    exact = model(**inputs)[0]
+    model.compute_dtype = torch.bfloat16
+    rounded = model(**inputs)[0]
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-3)
+    if "attention_mask" in inputs:
+        behind_padding = inputs["input_ids"].where(inputs["attention_mask"].bool(), 7)
+        assert model(**{**inputs, "input_ids": behind_padding})[0] == rounded
+
+
+@pytest.mark.parametrize("config", ["contiguous"], indirect=True)
+def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(config: Config) -> None:
+    rounded, batch = model_and_batch(config)
+    exact, _ = model_and_batch(config)
+    rounded.compute_dtype = torch.bfloat16
+    for model in (rounded, exact):
+        model(**MicroBatch(batch).inputs)[0].backward()
+    for (name, ours), (_, theirs) in zip(rounded.named_parameters(), exact.named_parameters(), strict=True):
+        if not name.endswith("key.bias"):  # which has no gradient but rounding
+            assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", ["padded"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_between_layers_states_are_what_matrix_products_take(config: Config, dtype: torch.dtype) -> None:
+    """Autocast alone has norms give fp32: twice the bytes, and a cast before every product."""
+    model, batch = model_and_batch(config)
+    model.compute_dtype, found = dtype, []
+    for layer in model.roberta.encoder.layer:
+        layer.register_forward_hook(lambda _layer, given, out: found.extend([given[0].dtype, out.dtype]))
+    model(**MicroBatch(batch).inputs)
+    assert found == [dtype] * 2 * len(model.roberta.encoder.layer)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what PyTorch does
+@pytest.mark.parametrize("config", ["padded"], indirect=True)
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_compiled_parts_compute_the_same(config: Config, dtype: torch.dtype, allowed: float) -> None:
+    compiled, batch = model_and_batch(config)
+    plain, _ = model_and_batch(config)
+    compiled.compile_parts()
+    inputs = MicroBatch(batch).inputs
+    losses = []
+    for model in (plain, compiled):
+        model.compute_dtype = dtype
+        losses.append(model(**inputs)[0])
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=allowed / 100)
+    for (name, ours), (_, theirs) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
+        # A key's bias has no gradient but rounding.
+        assert (ours.grad - theirs.grad).norm() <= allowed * (theirs.grad.norm() + 0.03), name
+
+
+def test_padding_changes_nothing(config: Config) -> None:
+    model, batch = model_and_batch(config)
+    inputs = MicroBatch(batch).inputs
+    if "attention_mask" not in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    before, _ = model(**inputs)
+    inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (0, 16), value=1)
+    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 16), value=False)
+    after, _ = model(**inputs)
+    assert before.item() == pytest.approx(after.item(), rel=1e-5)
+
+
+def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path) -> None:
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    model, batch = model_and_batch(load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where]))
+    model.set_attn_implementation("eager")  # the counter knows no fused attention of the CPU
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss_sum, _ = model(**MicroBatch(batch).inputs)
+        loss_sum.backward()
+    # The head computes every slot, those that a row does not fill included. Of the last layer, what is not masked is needed as key and
+    # value alone, and its attention is a fused one.
+    hidden, slots = model.config.hidden_size, batch.labels.size
+    spared = (batch.tokens - slots) * (4 * hidden**2 + 4 * hidden * model.config.intermediate_size) + 4 * hidden * batch.attended_pairs
+    assert counter.get_total_flops() == training_flops(model.config, batch.tokens, batch.attended_pairs, slots) - 3 * spared
+
+
+def test_the_tutorials_model_has_its_83504416_parameters(tokenizer_dir: Path) -> None:
+    config = load_config(ROOT / "configs/tutorial.yaml")
+    model = build_model(config, load_tokenizer(tokenizer_dir))
+    assert model.num_parameters() == 83_504_416
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_64_and_the_positions_fit(config: Config) -> None:
+    model, _ = model_and_batch(config)
+    assert model.config.vocab_size == 1024  # of 1000
+    assert model.config.max_position_embeddings == 34
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_sinusoidal_positions_make_a_shift_a_rotation(config: Config) -> None:
+    changed = config.model_copy(update={"model": config.model.model_copy(update={"position_init": "sinusoidal"})})
+    table = model_and_batch(changed)[0].roberta.embeddings.position_embeddings.weight.detach()
+    places = table[2:]
+    assert places.square().mean().sqrt().item() == pytest.approx(config.model.initializer_range, rel=1e-4)
+    products = places @ places.T  # depends on the distance alone
+    for distance in (1, 5, 20):
+        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)

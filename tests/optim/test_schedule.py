@@ -1,0 +1,26 @@
+"""The learning rate follows the update."""
+
+import pytest
+
+from kantai.optim import learning_rate
+from tests.helpers.tiny_model import load
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 9: 0.5, 13: 0.1}),
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 9: 0.5, 13: 0.0244717}),
+        ("wsd", {0: 0.25, 3: 1.0, 4: 1.0, 9: 1.0, 10: 1.0, 11: 0.75, 13: 0.25}),
+    ],
+)
+def test_learning_rates(schedule: str, rates: dict[int, float]) -> None:
+    arguments = [
+        f"--optimizer.schedule={schedule}",
+        "--optimizer.learning_rate=1",
+        "--optimizer.warmup_updates=4",
+        "--optimizer.decay_updates=4",
+    ]
+    config = load(*arguments)
+    for update, rate in rates.items():
+        assert learning_rate(config.optimizer, update, 14) == pytest.approx(rate, rel=1e-5)

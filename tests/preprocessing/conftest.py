@@ -1,0 +1,23 @@
+"""Jobs that tokenize the tests' text."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kantai.corpus import pieces
+from kantai.files import find_files
+from kantai.tokenizing import Job
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> MakeJob:
+    """Jobs of many pieces: the text's lines, most of them once and some often."""
+
+    def make(name: str, *, piece_bytes: int = 20_000, unique: bool = False, files: list[Path] | None = None) -> Job:
+        cut = pieces(find_files([str(file) for file in files or [corpus_file]]), "line", piece_bytes)
+        return Job(cut, "line", "text", tokenizer_dir, tmp_path / name, {"input": ["x"]}, held_out_share=0.1, unique=unique)
+
+    return make

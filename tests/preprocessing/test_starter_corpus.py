@@ -1,0 +1,188 @@
+"""A text to start with, whatever the network does: answers, lies, drips, breaks off, or is not there."""
+
+import hashlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kantai import UserError
+from kantai.starter import PROMPTS, FetchError, fetch, write_starter
+from tests.helpers.commands import ROOT
+
+BOUNDS = (1000, 20_000)
+KANT = "Reason without intuition is empty.\r\n" * 100
+
+
+def book(title: str) -> bytes:
+    lines = [
+        "\ufeffThe Project Gutenberg eBook, of course",
+        f"*** START OF THE PROJECT GUTENBERG EBOOK {title.upper()} ***",
+        *[f"{title}, sentence {number}." for number in range(50)],
+        f"*** END OF THE PROJECT GUTENBERG EBOOK {title.upper()} ***",
+        "Updated editions will replace the previous one.",
+    ]
+    return "\r\n".join(lines).encode()
+
+
+PAGES = {
+    "/kant.txt": KANT.encode(),
+    "/small.txt": b"<html>rate limited</html>",
+    "/large.txt": b"x" * (BOUNDS[1] + 1),
+    "/latin1.txt": ("Königsberg\n" * 200).encode("latin-1"),
+    "/binary.txt": b"PK\0\1" * 500,
+    "/one.txt": book("one"),
+    "/two.txt": book("two"),
+    "/three.txt": book("three"),
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves PAGES, and pages that go wrong on the way."""
+
+    def do_GET(self) -> None:
+        if self.path == "/truncated.txt":
+            self.answer(KANT.encode()[:2000], announced=5000)
+        elif self.path == "/drip.txt":
+            self.answer(b"", announced=5000)
+            self.drip(b"x" * 2000)
+        elif self.path == "/drip_header.txt":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+            self.drip(b"x" * 2000)
+        elif self.path in PAGES:
+            self.answer(PAGES[self.path])
+        else:
+            self.send_error(404)
+
+    def answer(self, body: bytes, announced: int | None = None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) if announced is None else announced))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def drip(self, body: bytes) -> None:
+        """A byte every 20 ms, so that no single read ever times out."""
+        try:
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+        except OSError:  # the client had enough
+            pass
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        serving.daemon_threads = True
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def nobody() -> str:
+    """An address where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_first_source_that_answers_is_taken(server: str) -> None:
+    text, urls = fetch([[f"{server}/kant.txt"], [f"{server}/one.txt"]], BOUNDS)
+    assert text == KANT.replace("\r\n", "\n")
+    assert urls == [f"{server}/kant.txt"]
+
+
+def test_second_source_is_joined_from_books_without_their_licences(server: str) -> None:
+    books = [f"{server}/{name}.txt" for name in ("one", "two", "three")]
+    text, urls = fetch([[f"{server}/missing.txt"], books], BOUNDS)
+    assert text.split("\n\n") == ["\n".join(f"{title}, sentence {number}." for number in range(50)) for title in ("one", "two", "three")]
+    assert urls == books
+
+
+def test_a_source_with_one_book_missing_is_not_taken(server: str) -> None:
+    text, urls = fetch([[f"{server}/one.txt", f"{server}/missing.txt"], [f"{server}/kant.txt"]], BOUNDS)
+    assert "sentence" not in text and urls == [f"{server}/kant.txt"]
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("missing", "Not Found"),
+        ("small", "25 bytes, where 1000 to 20000 were expected"),
+        ("large", "more than 20000 bytes"),
+        ("latin1", "invalid start byte"),
+        ("binary", "binary"),
+        ("truncated", "2000 bytes of the 5000 announced"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_the_reason(server: str, page: str, reason: str) -> None:
+    with pytest.raises(FetchError, match=f"/{page}.txt: {reason}"):
+        fetch([[f"{server}/{page}.txt"]], BOUNDS)
+
+
+@pytest.mark.parametrize("page", ["drip", "drip_header"])
+def test_deadline_holds_against_a_server_that_drips(server: str, page: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(FetchError, match=f"/{page}.txt"):
+        fetch([[f"{server}/{page}.txt"]], BOUNDS, timeout_seconds=0.3)
+    assert time.monotonic() - start < 10  # of the 40 that it takes
+
+
+def test_every_failed_source_is_listed(server: str, nobody: str) -> None:
+    with pytest.raises(FetchError, match=rf"{nobody}/x: .*refused.*; {server}/small\.txt: 25 bytes"):
+        fetch([[f"{nobody}/x"], [f"{server}/small.txt"]], BOUNDS)
+
+
+def test_kant_is_written_with_prompts_and_source(server: str, tmp_path: Path) -> None:
+    said = write_starter(tmp_path, "auto", lambda: fetch([[f"{server}/kant.txt"]], BOUNDS))
+    assert said == "corpus: kant"
+    assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == KANT.replace("\r\n", "\n")
+    assert json.loads((tmp_path / "prompts.json").read_text()) == PROMPTS["kant"]
+    assert json.loads((tmp_path / "source.json").read_text()) == {"name": "kant", "source": [f"{server}/kant.txt"]}
+
+
+def test_kant_asked_for_and_not_to_be_had_is_an_error(nobody: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the corpus kant could not be fetched"):
+        write_starter(tmp_path, "kant", lambda: fetch([[f"{nobody}/x"]]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: Path) -> None:
+    """And one Python version gives one text: a process with other hashes in another folder writes the same bytes."""
+    said = write_starter(tmp_path, "auto", lambda: fetch([[f"{nobody}/x"]]))
+    assert said.startswith("corpus: python-docs, as kant could not be fetched") and "\n" not in said
+    assert json.loads((tmp_path / "source.json").read_text())["name"] == "python-docs"
+    assert json.loads((tmp_path / "prompts.json").read_text()) == PROMPTS["python-docs"]
+    corpus = (tmp_path / "corpus.txt").read_bytes()
+    assert 1_000_000 < len(corpus) < 5_000_000
+    assert b"\n\n" in corpus and b"\0" not in corpus
+
+    code = "import sys; from kantai.starter import python_docs; sys.stdout.buffer.write(python_docs().encode())"
+    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=True)
+    assert hashlib.sha256(ran.stdout).hexdigest() == hashlib.sha256(corpus).hexdigest()
+    assert ran.stderr == b""
+
+
+@pytest.mark.parametrize("prompt", [prompt for prompts in PROMPTS.values() for prompt in prompts])
+def test_prompts_have_one_mask(prompt: str) -> None:
+    assert prompt.count("<mask>") == 1

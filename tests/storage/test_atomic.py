@@ -1,0 +1,144 @@
+"""Nothing half-written: a folder is there whole and verified, or not at all, whenever the process that writes it dies."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kantai import UserError
+from kantai.checkpoint import Damaged, digest, read_manifest, staged, verify
+from tests.helpers.commands import run_python
+
+
+def seal(target: Path, **files: str) -> Path:
+    with staged(target, kind="test") as folder:
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    return target
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "parents" / "model"
+    with staged(target, kind="test", about="ä") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a.bin").write_bytes(b"123")
+        (folder / "b.txt").write_text("")
+        assert not target.exists()
+    assert names(target.parent) == ["model"]
+    assert names(target) == ["b.txt", "deep", "manifest.json"]
+    assert verify(target) == {
+        "kind": "test",
+        "about": "ä",
+        "files": {
+            "b.txt": {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
+            "deep/a.bin": {"bytes": 3, "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"},
+        },
+    }
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), staged(tmp_path / "model") as folder:
+        (folder / "a").write_text("half")
+        raise failure
+    assert names(tmp_path) == []
+
+
+def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
+    target = seal(tmp_path / "model", a="first")
+    with pytest.raises(UserError, match="model exists already; remove it or choose another output"):
+        seal(target, a="second")
+    assert (target / "a").read_text() == "first" and names(tmp_path) == ["model"]
+
+
+def test_sigkill_leaves_a_hidden_folder_that_the_next_attempt_removes(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib, signal
+from kantai.checkpoint import staged
+with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_python(code).returncode == -signal.SIGKILL
+    assert names(tmp_path) == [".model.partial"]
+    seal(tmp_path / "model", a="whole")
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["a", "manifest.json"]
+
+
+def test_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """/dev/full answers every write as a full disk does."""
+    code = f"""
+import pathlib
+from kantai import run_command
+from kantai.checkpoint import staged
+def main():
+    with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
+        (folder / "first").write_text("fits")
+        (folder / "second").symlink_to("/dev/full")
+        (folder / "second").write_text("does not")
+run_command(main)
+"""
+    ran = run_python(code)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "error: no space left on the device: free some and run the same command again\n"
+    assert names(tmp_path) == []
+
+
+def test_digest_depends_on_values_alone() -> None:
+    value = {"b": [1, 2.5, None], "a": {"y": "ä", "x": True}}
+    assert digest(value) == digest({"a": {"x": True, "y": "ä"}, "b": [1, 2.5, None]})
+    others = [{}, [], "", None, value | {"c": 1}, value | {"b": [2.5, 1, None]}, value | {"b": ["1", 2.5, None]}]
+    assert len({digest(other) for other in [value, *others]}) == len(others) + 1
+
+
+def flip_a_bit(path: Path) -> None:
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def be_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "without_hashes"),
+    [
+        (flip_a_bit, "fails its checksum", False),
+        (append, "has 6 bytes, not 5", True),
+        (Path.unlink, "is missing", True),
+        (be_a_folder, "is missing", True),
+    ],
+)
+def test_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str, without_hashes: bool) -> None:
+    target = seal(tmp_path / "model", a="first", b="other")
+    damage(target / "b")
+    with pytest.raises(Damaged, match=f"{target / 'b'} {message}"):
+        verify(target)
+    if without_hashes:
+        with pytest.raises(Damaged, match=f"{target / 'b'} {message}"):
+            verify(target, hashes=False)
+    else:
+        assert verify(target, hashes=False)["kind"] == "test"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "null", "{}", '{"files": []}', '{"files": {"a": 5}}', '{"files": {"a": {"bytes": 1}}}', "[" * 100_000]
+)
+def test_damaged_manifest_is_named(tmp_path: Path, content: str | None) -> None:
+    target = seal(tmp_path / "model", a="first")
+    if content is None:
+        (target / "manifest.json").unlink()
+    else:
+        (target / "manifest.json").write_text(content)
+    for reading in (read_manifest, verify):
+        with pytest.raises(Damaged, match=r"model/manifest\.json is missing or unreadable"):
+            reading(target)

@@ -84,9 +84,9 @@ def accelerate(settings: list[str], folder: Path) -> tuple[float, float, int]:
     import torch
     from accelerate import Accelerator
 
-    from kantai.config import load_config
-    from kantai.data import open_data
-    from kantai.model import build_model
+    from kantai.config.loading import load_config
+    from kantai.data.dataset import open_data
+    from kantai.model.roberta import build_model
 
     config = load_config(ROOT / "configs" / "quickstart.yaml", settings)
     model = build_model(config, open_data(config).vocabulary)

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from kantai.metrics import read_metrics
+from kantai.training.metrics import read_metrics
 
 
 def main() -> None:

@@ -23,12 +23,13 @@ from typing import Any
 
 import psutil
 
-from kantai import run_command
-from kantai.checkpoint import staged
-from kantai.config import load_config
-from kantai.data import open_data
-from kantai.starter import write_starter
-from kantai.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
+from kantai.data.tokenizer import load_tokenizer, save_tokenizer
+from kantai.errors import run_command
+from kantai.preprocessing.starter_corpus import write_starter
+from kantai.preprocessing.tokenizer_training import train_tokenizer
+from kantai.storage.atomic import staged
 
 ROOT = Path(__file__).parent.parent
 CORES = len(os.sched_getaffinity(0))

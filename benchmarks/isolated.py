@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 from transformers import RobertaConfig
 
-from kantai.batches import Batches, Contiguous, Stage
-from kantai.config import BatchPlan
-from kantai.masking import IGNORED_LABEL, Masker
-from kantai.model import ATTENTION, MaskedRoberta, MicroBatch
-from kantai.order import Sequential
-from kantai.shards import Shard, Split
+from kantai.config.batch_plan import BatchPlan
+from kantai.data.batches import Batches, Stage
+from kantai.data.loader import MicroBatch
+from kantai.data.masking import IGNORED_LABEL, Masker
+from kantai.data.packing import Contiguous
+from kantai.data.shards import Shard, Split
+from kantai.data.shuffle import Sequential
+from kantai.model.attention import ATTENTION
+from kantai.model.roberta import MaskedRoberta
 
 BOS, PAD, EOS, MASK = 0, 1, 2, 4
 FP32_TOLERANCE = 1e-4

@@ -17,13 +17,14 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from kantai.batches import Batches, Contiguous, Stage
-from kantai.cache import Cache
-from kantai.checkpoint import digest
-from kantai.config import BatchPlan
-from kantai.files import File, cut
-from kantai.order import Shuffled
-from kantai.shards import SHARD_TOKENS, TOKEN_COUNTS, open_shards, token_dtype
+from kantai.config.batch_plan import BatchPlan
+from kantai.data.batches import Batches, Stage
+from kantai.data.packing import Contiguous
+from kantai.data.shards import SHARD_TOKENS, TOKEN_COUNTS, open_shards, token_dtype
+from kantai.data.shuffle import Shuffled
+from kantai.preprocessing.files import File, cut
+from kantai.storage.atomic import digest
+from kantai.storage.remote_cache import Cache
 
 VOCAB_SIZE = 50_000
 TEXT_BYTES_PER_TOKEN = 4.4  # English under such a vocabulary

@@ -30,11 +30,13 @@ from typing import Any
 
 from programs import ROOT, environment, launch, prepare, program
 
-from kantai.config import BatchPlan, Config, load_config
-from kantai.data import Data, open_data
-from kantai.masking import IGNORED_LABEL
-from kantai.metrics import read_metrics
-from kantai.tokenizer import Vocabulary
+from kantai.config.batch_plan import BatchPlan
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
+from kantai.data.dataset import Data, open_data
+from kantai.data.masking import IGNORED_LABEL
+from kantai.data.tokenizer import Vocabulary
+from kantai.training.metrics import read_metrics
 
 SIDES = {
     "kantai": "kantai: scripts/pretrain.py",
@@ -227,7 +229,7 @@ def work(case: Case, settings: list[str], updates: int) -> list[tuple[int, int]]
     """Content tokens of our updates, and floating-point operations that they need."""
     import torch
 
-    from kantai.model import build_model, training_flops
+    from kantai.model.roberta import build_model, training_flops
 
     data = open_data(load_config(case.config, [*settings, "--run_dir=unused"]))
     with torch.device("meta"):
@@ -281,7 +283,7 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
         TrainingArguments,
     )
 
-    from kantai.model import build_model
+    from kantai.model.roberta import build_model
 
     on_gpu, data = torch.cuda.is_available(), open_data(config)
     plan = BatchPlan(config.batch.global_batch_size, config.batch.micro_batch_size, 1)

@@ -28,8 +28,10 @@ from typing import Any
 
 from programs import ROOT, environment, launch, prepare
 
-from kantai.config import BatchPlan, Config, load_config
-from kantai.tokenizer import Vocabulary
+from kantai.config.batch_plan import BatchPlan
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
+from kantai.data.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def published() -> None:
 
 def predicted(name: str, config: Config) -> None:
     """Share of the GPUs' time that computing is, with the config's global batch and with as many rows a GPU as one holds."""
-    from kantai.model import training_flops
+    from kantai.model.roberta import training_flops
 
     model, tokens = model_of(config, 50265), config.data.seq_len
     weights_bytes, flops = bytes_of(model), training_flops(model.config, tokens, tokens**2, round(config.masking.ratio * tokens))
@@ -212,7 +214,7 @@ def model_of(config: Config, vocab_size: int) -> Any:
     import torch
     from tokenizers import Tokenizer, models
 
-    from kantai.model import build_model
+    from kantai.model.roberta import build_model
 
     vocabulary = Vocabulary(Tokenizer(models.BPE()), vocab_size, 0, 1, 2, 3, 4, "")
     with torch.device("meta"):

@@ -59,10 +59,10 @@ def trainer(output: Path, ranks: int, steps: int, settings: list[str]) -> None:
     import torch
     from transformers import RobertaForMaskedLM, Trainer, TrainingArguments
 
-    from kantai.config import load_config
-    from kantai.data import open_data
-    from kantai.masking import IGNORED_LABEL
-    from kantai.model import build_model
+    from kantai.config.loading import load_config
+    from kantai.data.dataset import open_data
+    from kantai.data.masking import IGNORED_LABEL
+    from kantai.model.roberta import build_model
 
     config = load_config(
         ROOT / "configs/quickstart.yaml", [f"--{setting}" for setting in settings] + [f"--batch.micro_batch_size={SEQUENCES}"]

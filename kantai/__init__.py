@@ -1,66 +1,21 @@
 """Pretrain RoBERTa masked language models from raw text, on a laptop, one GPU or a SLURM cluster.
 
-The line, one module a station::
+The package, bottom first. A folder imports only from those above it (``tests/test_layout.py``)::
 
-    files -> lines -> corpus -> sample -> tokenizer                   which documents, which ids
-           -> tokenizing -> shards, cache                             where the tokens are
-           -> order -> batches -> masking                             what the model is shown
-           -> model -> optim -> engine                                one update on N ranks
-           -> metrics, checkpoint                                     what happened, what is kept
-           -> evaluate -> export                                      how good it is, what comes out
-
-``config`` says what a run is, ``cluster`` where it runs, ``rng`` is where every random number of the
-data comes from, ``data`` puts the stations up to masking together, ``ledger`` says what was shown, ``train``
-is the loop, and ``starter`` is the text for those who bring none.
-
-Imports go down the floors only (``tests/test_floors.py``): modules of one floor do not import each other.
+    errors.py        How bad input ends: one line, exit code 2
+    config/          What a run is: settings, batch arithmetic
+    storage/         Files and folders published whole, and fetched once a node
+    cluster/         Rank, node, time limit, signals
+    data/            What the model is shown: shards, shuffle, packing, masking, batches, loader
+    preprocessing/   From text to a tokenizer and shards, done once
+    model/           The RoBERTa that is trained
+    optim/           AdamW, Muon, learning rate schedule
+    checkpoint/      What is kept, and which checkpoints are complete
+    distributed/     One optimizer step on N ranks; alone knows Accelerate and DeepSpeed
+    evaluation/      Held-out loss, filled prompts
+    training/        The loop, run directory, metrics, saving
+    export.py        A stock Hugging Face folder
+    diagnostics/     preflight, verify, chaos
 """
 
-import contextlib
-import errno
-import os
-import sys
-import time
-from collections.abc import Callable
-
 __version__ = "0.1.0"
-
-_NO_SPACE = "no space left on {}: free some and run the same command again"
-
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a script's ``main``: bad input and I/O failures end it with one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        _fail(str(error))
-    except BrokenPipeError:  # `script | head`: whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(_NO_SPACE.format(error.filename or "the device"))
-        if error.filename is None:
-            raise
-        _fail(f"{error.strerror}: {error.filename}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        # tokenizers and safetensors write in Rust, and say only in the text of their own exceptions what the system said.
-        if any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            _fail(_NO_SPACE.format("the device"))
-        raise
-
-
-def _fail(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) > 0:
-        # Bad input fails on every rank alike. Rank 0 speaks first, and the launcher then ends the others
-        # before they repeat it; a failure that only this rank sees is still printed.
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(3)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -10,12 +10,13 @@ import torch
 import yaml
 from transformers import RobertaForMaskedLM, pipeline
 
-from kantai import UserError
-from kantai.checkpoint import MANIFEST, staged
-from kantai.config import BatchPlan, fixed_settings
-from kantai.metrics import read_metrics
-from kantai.model import MaskedRoberta
-from kantai.rundir import RunDir
+from kantai.config.batch_plan import BatchPlan
+from kantai.config.loading import fixed_settings
+from kantai.errors import UserError
+from kantai.model.roberta import MaskedRoberta
+from kantai.storage.atomic import MANIFEST, staged
+from kantai.training.metrics import read_metrics
+from kantai.training.run_dir import RunDir
 
 _MOST_DIFFERENCE = 1e-4  # of a logit, between two paths through the same fp32 weights
 

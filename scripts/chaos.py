@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kantai import UserError, run_command
+from kantai.errors import UserError, run_command
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.kills, arguments.corruptions) < 0 or arguments.ranks < 1:
         raise UserError("--kills and --corruptions must not be negative, and --ranks at least 1")
-    from kantai.chaos import chaos
+    from kantai.diagnostics.chaos import chaos
 
     held = chaos(arguments.work.absolute(), arguments.kills, arguments.corruptions, arguments.ranks, arguments.seed)
     sys.exit(0 if held else 1)

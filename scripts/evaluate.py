@@ -5,9 +5,9 @@ python scripts/evaluate.py runs/quickstart/run
 
 import argparse
 
-from kantai import run_command
-from kantai.config import BatchPlan
-from kantai.rundir import open_saved_run
+from kantai.config.batch_plan import BatchPlan
+from kantai.errors import run_command
+from kantai.training.run_dir import open_saved_run
 
 
 def main() -> None:
@@ -18,8 +18,9 @@ def main() -> None:
     run_dir, update = open_saved_run(arguments.run)
     import torch
 
-    from kantai.evaluate import held_out_score
-    from kantai.model import build_model, load_weights
+    from kantai.checkpoint.state import load_weights
+    from kantai.evaluation.held_out import held_out_score
+    from kantai.model.roberta import build_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run_dir.config, run_dir.data.vocabulary)

@@ -6,8 +6,8 @@ python scripts/export.py runs/quickstart/run --output model
 import argparse
 from pathlib import Path
 
-from kantai import UserError, run_command
-from kantai.rundir import open_saved_run
+from kantai.errors import UserError, run_command
+from kantai.training.run_dir import open_saved_run
 
 
 def main() -> None:
@@ -21,8 +21,9 @@ def main() -> None:
     run_dir, update = open_saved_run(arguments.run)
     from transformers.utils import logging
 
+    from kantai.checkpoint.state import load_weights
     from kantai.export import export
-    from kantai.model import build_model, load_weights
+    from kantai.model.roberta import build_model
 
     logging.disable_progress_bar()
     model = build_model(run_dir.config, run_dir.data.vocabulary)

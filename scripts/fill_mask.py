@@ -6,7 +6,7 @@ python scripts/fill_mask.py model "Human thinking involves human <mask>."
 import argparse
 from pathlib import Path
 
-from kantai import UserError, run_command
+from kantai.errors import UserError, run_command
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ python scripts/get_corpus.py --output corpus
 import argparse
 from pathlib import Path
 
-from kantai import run_command
-from kantai.checkpoint import staged
-from kantai.starter import write_starter
+from kantai.errors import run_command
+from kantai.preprocessing.starter_corpus import write_starter
+from kantai.storage.atomic import staged
 
 
 def main() -> None:

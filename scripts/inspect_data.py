@@ -7,13 +7,14 @@ python scripts/inspect_data.py --config configs/roberta-base.yaml --hash 0 200 -
 import argparse
 from pathlib import Path
 
-from kantai import UserError, run_command
-from kantai.config import load_config, refuse_other_run
-from kantai.data import open_data, shard_cache
-from kantai.ledger import describe_shards, describe_update, hash_stream
-from kantai.rundir import PassedOver, saved_config
-from kantai.shards import open_shards
-from kantai.tokenizer import load_tokenizer
+from kantai.config.loading import load_config, refuse_other_run
+from kantai.data.dataset import open_data, shard_cache
+from kantai.data.inspect import describe_shards, describe_update, hash_stream
+from kantai.data.shards import open_shards
+from kantai.data.tokenizer import load_tokenizer
+from kantai.errors import UserError, run_command
+from kantai.training.run_dir import saved_config
+from kantai.training.skipped_data import PassedOver
 
 
 def main() -> None:

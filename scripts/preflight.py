@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kantai import UserError, run_command
-from kantai.config import load_config
+from kantai.config.loading import load_config
+from kantai.errors import UserError, run_command
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--bad_nodes", type=Path, help="file to write the names of bad nodes to, one a line; empty when all are good")
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
-    from kantai import preflight  # imports torch, which bad input need not wait for
+    from kantai.diagnostics import preflight  # imports torch, which bad input need not wait for
 
     number, address, port = preflight.place()
     nodes = arguments.nodes.split(",")

@@ -6,11 +6,12 @@ accelerate launch --config_file configs/accelerate/cpu.yaml scripts/pretrain.py 
 import argparse
 import sys
 
-from kantai import run_command
-from kantai.cluster import EXIT_STOPPED, Place
-from kantai.config import describe, load_config
-from kantai.data import open_data
-from kantai.rundir import open_run_dir
+from kantai.cluster.environment import Place
+from kantai.cluster.signals import EXIT_STOPPED
+from kantai.config.loading import describe, load_config
+from kantai.data.dataset import open_data
+from kantai.errors import run_command
+from kantai.training.run_dir import open_run_dir
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         return
     from torch.distributed.elastic.multiprocessing.errors import record  # torch is what bad input need not wait for
 
-    from kantai.train import train
+    from kantai.training.trainer import train
 
     if not record(train)(run_dir, place):
         sys.exit(EXIT_STOPPED)

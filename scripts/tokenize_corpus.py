@@ -9,10 +9,12 @@ all other arguments are the same.
 import argparse
 from pathlib import Path
 
-from kantai import UserError, run_command
-from kantai.corpus import add_arguments, pieces
-from kantai.files import find_files
-from kantai.tokenizing import Job, describe, merge, tokenize
+from kantai.errors import UserError, run_command
+from kantai.preprocessing.documents import add_arguments, pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.job import Job
+from kantai.preprocessing.merge import describe, merge
+from kantai.preprocessing.tokenize import tokenize
 
 
 def main() -> None:

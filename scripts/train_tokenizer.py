@@ -9,12 +9,14 @@ import json
 from functools import partial
 from pathlib import Path
 
-from kantai import UserError, run_command
-from kantai.checkpoint import staged
-from kantai.corpus import Report, add_arguments, documents, splittable, with_bar
-from kantai.files import find_files
-from kantai.sample import draw_samples
-from kantai.tokenizer import check_numbers, coverage, load_tokenizer, save_tokenizer, train_tokenizer
+from kantai.data.tokenizer import load_tokenizer, save_tokenizer
+from kantai.errors import UserError, run_command
+from kantai.preprocessing.documents import add_arguments, documents, splittable, with_bar
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.lines import Report
+from kantai.preprocessing.sampling import draw_samples
+from kantai.preprocessing.tokenizer_training import check_numbers, coverage, train_tokenizer
+from kantai.storage.atomic import staged
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from kantai import UserError, run_command
-from kantai.cluster import Place
-from kantai.config import load_config
-from kantai.data import open_data
+from kantai.cluster.environment import Place
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
+from kantai.errors import UserError, run_command
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     place = Place.from_environment()
     config = load_config(arguments.config, overrides)
     data = open_data(config, hashes=place.is_main)
-    from kantai.verify import certify  # imports torch, which bad input need not wait for
+    from kantai.diagnostics.verify import certify  # imports torch, which bad input need not wait for
 
     sys.exit(0 if certify(config, place, data, arguments.updates, output) else 1)
 

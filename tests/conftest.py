@@ -12,11 +12,14 @@ from typing import TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 
-from kantai.checkpoint import staged
-from kantai.corpus import documents, pieces
-from kantai.files import find_files
-from kantai.tokenizer import save_tokenizer, train_tokenizer
-from kantai.tokenizing import Job, merge, tokenize
+from kantai.data.tokenizer import save_tokenizer
+from kantai.preprocessing.documents import documents, pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.job import Job
+from kantai.preprocessing.merge import merge
+from kantai.preprocessing.tokenize import tokenize
+from kantai.preprocessing.tokenizer_training import train_tokenizer
+from kantai.storage.atomic import staged
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none shall pass or fail by it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

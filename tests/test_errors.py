@@ -12,8 +12,9 @@ def test_full_disk_is_said_in_one_line_by_a_library_written_in_rust(tmp_path: Pa
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
     code = f"""
 import pathlib
-from kantai import run_command
-from kantai.tokenizer import save_tokenizer, train_tokenizer
+from kantai.errors import run_command
+from kantai.data.tokenizer import save_tokenizer
+from kantai.preprocessing.tokenizer_training import train_tokenizer
 run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path({str(tmp_path)!r})))
 """
     ran = run_python(code)
@@ -37,10 +38,10 @@ run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path(
     ],
 )
 def test_commands_fail_in_one_line(raised: str, message: str) -> None:
-    ran = run_python(f"from kantai import UserError, run_command\ndef main():\n    raise {raised}\nrun_command(main)")
+    ran = run_python(f"from kantai.errors import UserError, run_command\ndef main():\n    raise {raised}\nrun_command(main)")
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", message)
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input() -> None:
-    ran = run_python("from kantai import run_command\ndef main():\n    raise RuntimeError('a bug')\nrun_command(main)")
+    ran = run_python("from kantai.errors import run_command\ndef main():\n    raise RuntimeError('a bug')\nrun_command(main)")
     assert ran.returncode == 1 and "Traceback" in ran.stderr and "RuntimeError: a bug" in ran.stderr

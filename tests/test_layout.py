@@ -1,28 +1,22 @@
-"""The one-way rule of the package: imports go down the floors, and the heavy libraries stay where they belong."""
+"""The one-way rule of the package: folders import downwards, and heavy libraries stay in theirs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT
+import kantai
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kantai"
 
-# kantai/__init__.py (UserError, run_command) lies below all of them.
-FLOORS = (
-    ("config", "cluster", "cache", "files", "lines", "checkpoint", "rng"),
-    ("metrics", "corpus", "sample", "starter", "tokenizer", "shards", "order", "batches", "masking"),
-    ("data", "model", "optim", "tokenizing"),
-    ("rundir", "engine", "evaluate", "ledger", "loader"),
-    ("saving", "export", "preflight"),
-    ("train",),
-    ("verify", "chaos"),
-)
-# A module may be a folder, whose files import each other.
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+# The order that the package's own docstring prints, bottom first.
+ORDER = [name.removesuffix(".py") for name in re.findall(r"^    (\w+(?:\.py|/)) ", kantai.__doc__ or "", re.M)]
+ORDER = [name.rstrip("/") for name in ORDER]
+TORCH_FREE = ("errors", "config", "storage", "cluster", "preprocessing")
 
 
 def imported(path: Path) -> set[str]:
@@ -32,52 +26,67 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            source = ".".join(filter(None, ("kantai" if node.level else "", node.module)))
-            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+            assert not node.level, f"{path} has a relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def files(module: str) -> list[Path]:
-    """The file of a module, or the files of one that is a folder."""
-    return [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else sorted((PACKAGE / module).glob("*.py"))
+def files(folder: str) -> list[Path]:
+    """The files of a folder of the package, or its one file."""
+    return [PACKAGE / f"{folder}.py"] if (PACKAGE / f"{folder}.py").exists() else sorted((PACKAGE / folder).glob("*.py"))
 
 
-def libraries(path: Path) -> set[str]:
-    """Top-level packages that a file imports."""
-    return {name.split(".")[0] for name in imported(path)}
+def folders(path: Path) -> set[str]:
+    """Folders of the package that a file imports from."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("kantai.")} & set(ORDER)
 
 
-def siblings(path: Path) -> set[str]:
-    """Modules of kantai that a file imports."""
-    return {name.split(".")[1] for name in imported(path) if name.startswith("kantai.")} & FLOOR_OF.keys()
+def modules(path: Path) -> set[Path]:
+    """Files of the package that a file imports."""
+    found = (PACKAGE.parent / f"{name.replace('.', '/')}.py" for name in imported(path) if name.startswith("kantai"))
+    return {file for file in found if file.exists()}
 
 
-def test_every_module_has_a_floor() -> None:
-    assert sorted(path for module in FLOOR_OF for path in files(module)) == sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})
+def test_the_docstring_lists_every_folder() -> None:
+    there = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert set(ORDER) == there - {"__init__"}
+    assert len(ORDER) == len(set(ORDER))
 
 
-def test_the_bottom_imports_nothing_of_ours() -> None:
-    assert siblings(PACKAGE / "__init__.py") == set()
+@pytest.mark.parametrize("folder", ORDER)
+def test_folders_import_downwards_only(folder: str) -> None:
+    above = set(ORDER[ORDER.index(folder) + 1 :])
+    for path in files(folder):
+        assert not folders(path) & above, path
 
 
-@pytest.mark.parametrize("module", FLOOR_OF)
-def test_imports_go_down_the_floors(module: str) -> None:
-    others = set().union(*map(siblings, files(module))) - {module}
-    not_below = {other for other in others if FLOOR_OF[other] >= FLOOR_OF[module]}
-    assert not not_below, f"{module} (floor {FLOOR_OF[module]}) imports {not_below}"
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {path: modules(path) for path in PACKAGE.rglob("*.py")}
+    while leaves := [path for path, needs in graph.items() if not needs & graph.keys()]:
+        for path in leaves:
+            del graph[path]
+    assert not graph
 
 
-@pytest.mark.parametrize("module", FLOOR_OF)
-def test_heavy_libraries_stay_where_they_belong(module: str) -> None:
-    found = set().union(*map(libraries, files(module)))
-    if FLOOR_OF[module] < 2:
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_packages_hold_a_docstring_alone(path: Path) -> None:
+    docstring, *rest = ast.parse(path.read_text(encoding="utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+    assert [ast.unparse(node).split(" = ")[0] for node in rest] == (["__version__"] if path.parent == PACKAGE else [])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
+    found = {name.split(".")[0] for name in imported(path)}
+    folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if folder in TORCH_FREE or (folder == "data" and path.name != "loader.py"):
         assert found.isdisjoint({"torch", "transformers", "safetensors"})
-    if module != "engine":
+    if folder != "distributed":
         assert found.isdisjoint({"accelerate", "deepspeed"})
 
 
 def test_looking_at_a_run_needs_no_torch() -> None:
     """``pretrain.py --check`` and every complaint about bad input come before the seconds that torch takes."""
-    code = "import sys, kantai.rundir; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
+    code = "import sys, kantai.training.run_dir; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == "quick\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kantai.engine import Snapshot
+from kantai.checkpoint.state import Snapshot
 
 
 def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monk
     def faulty(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file({**tensors, "b": (tensors["b"].view(torch.int32) ^ 1).view(torch.float32)}, path, metadata)
 
-    monkeypatch.setattr("kantai.engine.save_file", faulty)
+    monkeypatch.setattr("kantai.checkpoint.state.save_file", faulty)
     with pytest.raises(OSError, match=r"/state has another b than was written"):
         snapshot.write(tmp_path)
 
@@ -38,7 +38,7 @@ def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeyp
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    monkeypatch.setattr("kantai.engine.save_file", lambda *_, **__: pytest.fail("was written"))
+    monkeypatch.setattr("kantai.checkpoint.state.save_file", lambda *_, **__: pytest.fail("was written"))
     with pytest.raises(OSError, match="quota exceeded"):
         snapshot.write(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.checkpoint import CheckpointStore, record, refuse_full_disk, verify
+from kantai.checkpoint.store import CheckpointStore, refuse_full_disk
+from kantai.errors import UserError
+from kantai.storage.atomic import record, verify
 
 
 def names(folder: Path) -> list[str]:

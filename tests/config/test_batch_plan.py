@@ -6,8 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kantai import UserError
-from kantai.config import BatchPlan, BatchShape, Config, load_config, refuse_other_run
+from kantai.config.batch_plan import BatchPlan, BatchShape
+from kantai.config.loading import load_config, refuse_other_run
+from kantai.config.schema import Config
+from kantai.errors import UserError
 
 SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
 

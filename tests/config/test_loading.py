@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kantai import UserError
-from kantai.config import Config, describe, fixed_settings, load_config, refuse_other_run, save_config
+from kantai.config.loading import describe, fixed_settings, load_config, refuse_other_run, save_config
+from kantai.config.schema import Config
+from kantai.errors import UserError
 from tests.helpers.commands import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.config import Config, load_config
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
+from kantai.errors import UserError
 
 SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
 

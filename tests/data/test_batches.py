@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kantai.batches import Batch, Batches, Contiguous, Order, Padded, Sequences, Stage, document_starts
-from kantai.config import BatchPlan, load_config
-from kantai.data import open_data
-from kantai.masking import IGNORED_LABEL, MaskedRows, Masker
-from kantai.order import Sequential, Shuffled
-from kantai.shards import open_shards
-from kantai.tokenizer import load_tokenizer
+from kantai.config.batch_plan import BatchPlan
+from kantai.config.loading import load_config
+from kantai.data.batches import Batch, Batches, Order, Stage, document_starts
+from kantai.data.dataset import open_data
+from kantai.data.masking import IGNORED_LABEL, MaskedRows, Masker
+from kantai.data.packing import Contiguous, Padded, Sequences
+from kantai.data.shards import open_shards
+from kantai.data.shuffle import Sequential, Shuffled
+from kantai.data.tokenizer import load_tokenizer
 from tests.helpers.commands import ROOT
 from tests.helpers.shards_in_memory import split_of, streams
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from kantai.config import BatchPlan, Config, load_config
-from kantai.data import open_data
-from kantai.masking import IGNORED_LABEL
+from kantai.config.batch_plan import BatchPlan
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
+from kantai.data.dataset import open_data
+from kantai.data.masking import IGNORED_LABEL
 from tests.helpers.commands import CONFIG
 
 

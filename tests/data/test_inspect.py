@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kantai.config import load_config, save_config
-from kantai.shards import open_shards
-from kantai.tokenizer import load_tokenizer
+from kantai.config.loading import load_config, save_config
+from kantai.data.shards import open_shards
+from kantai.data.tokenizer import load_tokenizer
 from tests.helpers.commands import CONFIG, script
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.config import load_config
-from kantai.data import open_data
-from kantai.loader import stream
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
+from kantai.data.loader import stream
+from kantai.errors import UserError
 from tests.helpers.commands import CONFIG, TINY
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from kantai.masking import IGNORED_LABEL, MEAN_SPAN_WORDS, MOST_WORD_TOKENS, MaskedRows, Masker, Words
-from kantai.shards import open_shards
-from kantai.tokenizer import load_tokenizer, train_tokenizer
+from kantai.data.masking import IGNORED_LABEL, MEAN_SPAN_WORDS, MOST_WORD_TOKENS, MaskedRows, Masker, Words
+from kantai.data.shards import open_shards
+from kantai.data.tokenizer import load_tokenizer
+from kantai.preprocessing.tokenizer_training import train_tokenizer
 
 BOS, PAD, EOS, UNK, MASK = 0, 1, 2, 3, 4
 SPECIAL = (BOS, PAD, EOS, UNK, MASK)

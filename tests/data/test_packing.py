@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kantai.batches import Contiguous, Padded, Sequences
+from kantai.data.packing import Contiguous, Padded, Sequences
 from tests.helpers.shards_in_memory import split_of, streams
 
 BOS, PAD, EOS = 0, 1, 2

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kantai import rng
+from kantai.data import rng
 
 
 def test_random_numbers_are_those_of_splitmix64() -> None:

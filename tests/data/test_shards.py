@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kantai import UserError
-from kantai.checkpoint import digest
-from kantai.corpus import documents, pieces
-from kantai.files import find_files
-from kantai.shards import SHARD_TOKENS, Shard, ShardWriter, map_shard, open_shards, token_dtype
-from kantai.tokenizer import load_tokenizer
+from kantai.data.shards import SHARD_TOKENS, Shard, ShardWriter, map_shard, open_shards, token_dtype
+from kantai.data.tokenizer import load_tokenizer
+from kantai.errors import UserError
+from kantai.preprocessing.documents import documents, pieces
+from kantai.preprocessing.files import find_files
+from kantai.storage.atomic import digest
 from tests.helpers.files import documents_of
 
 EOS = 2

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kantai import rng
-from kantai.order import NO_SAMPLE, Sequential, Shuffled, permute
+from kantai.data import rng
+from kantai.data.shuffle import NO_SAMPLE, Sequential, Shuffled, permute
 
 HUGE = 10**10
 

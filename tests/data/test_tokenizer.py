@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
-import kantai.tokenizer
-from kantai import UserError
-from kantai.corpus import Unit, documents, pieces
-from kantai.files import find_files
-from kantai.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
+import kantai.data.tokenizer
+from kantai.data.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer, save_tokenizer
+from kantai.errors import UserError
+from kantai.preprocessing.documents import Unit, documents, pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.tokenizer_training import train_tokenizer
 
 
 def read(path: Path, unit: Unit) -> Iterator[str]:
@@ -164,7 +165,7 @@ ATOMS = [" ", "  ", "\n", "\t", "\u00a0", "\x1c", "a", "it's", " über", "42 ", 
 def test_long_documents_are_cut_for_the_encoder_without_a_trace(vocabulary: Vocabulary, texts: list[str]) -> None:
     whole = vocabulary.encode(texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kantai.tokenizer, "_CHARACTERS_AT_ONCE", 20)
+        patch.setattr(kantai.data.tokenizer, "_CHARACTERS_AT_ONCE", 20)
         in_parts = vocabulary.encode(texts)
     assert [array.tolist() for array in in_parts] == [array.tolist() for array in whole]
 
@@ -172,7 +173,7 @@ def test_long_documents_are_cut_for_the_encoder_without_a_trace(vocabulary: Voca
 def test_text_without_a_space_is_cut_where_it_must(vocabulary: Vocabulary) -> None:
     text = "純粋理性批判" * 1000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kantai.tokenizer, "_CHARACTERS_AT_ONCE", 500)
+        patch.setattr(kantai.data.tokenizer, "_CHARACTERS_AT_ONCE", 500)
         ids, lengths = vocabulary.encode([text, "short"])
     assert vocabulary.tokenizer.decode(ids[: lengths[0]]) == text
     assert vocabulary.tokenizer.decode(ids[lengths[0] :]) == "short"

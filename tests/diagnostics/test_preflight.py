@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kantai.preflight import Facts, Folder, fatal_xids, judge, split
+from kantai.diagnostics.preflight import Facts, Folder, fatal_xids, judge, split
 
 NODES = ["n1", "n2", "n3"]
 DISK = Folder("/shared/runs", free_gib=100.0, mib_per_second=500.0)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from kantai.cluster import Place
-from kantai.config import load_config
-from kantai.data import open_data
-from kantai.engine import Engine
-from kantai.model import MicroBatch, build_model
-from kantai.verify import TOLERANCES, of_states
+from kantai.cluster.environment import Place
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
+from kantai.data.loader import MicroBatch
+from kantai.diagnostics.verify import TOLERANCES, of_states
+from kantai.distributed.engine import Engine
+from kantai.model.roberta import build_model
 from tests.helpers.commands import CONFIG, TINY
 
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]

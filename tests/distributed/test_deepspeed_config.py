@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from kantai import UserError
-from kantai.engine.launch import complete
+from kantai.distributed.deepspeed_config import complete
+from kantai.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kantai import UserError
-from kantai.cluster import Place
-from kantai.config import load_config
-from kantai.data import open_data
-from kantai.engine import Engine, Outcome
-from kantai.model import MicroBatch, SavedState, build_model
+from kantai.checkpoint.state import SavedState
+from kantai.cluster.environment import Place
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
+from kantai.data.loader import MicroBatch
+from kantai.distributed.engine import Engine, Outcome
+from kantai.errors import UserError
+from kantai.model.roberta import build_model
 from tests.helpers.commands import CONFIG, TINY
 
 

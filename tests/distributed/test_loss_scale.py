@@ -1,6 +1,6 @@
 """fp16's loss scale grows while all is well and halves where it is not."""
 
-from kantai.engine import LossScale
+from kantai.distributed.loss_scale import LossScale
 
 
 def test_the_loss_scale_grows_when_all_is_well() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 from safetensors.numpy import load_file
 
-from kantai.checkpoint import CheckpointStore, verify
+from kantai.checkpoint.store import CheckpointStore
+from kantai.storage.atomic import verify
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kantai.batches import Batches
-from kantai.cluster import Place
-from kantai.engine import Engine
-from kantai.engine.backends import DeepSpeedZero, Torch
+from kantai.cluster.environment import Place
+from kantai.data.batches import Batches
+from kantai.distributed.backends import DeepSpeedZero, Torch
+from kantai.distributed.engine import Engine
 
 place = Place.from_environment()
 is_last = place.rank == place.world_size - 1

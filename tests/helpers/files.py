@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kantai.corpus import Report, Unit, documents
-from kantai.files import Span, find_files
-from kantai.shards import Shard, open_shards
+from kantai.data.shards import Shard, open_shards
+from kantai.preprocessing.documents import Unit, documents
+from kantai.preprocessing.files import Span, find_files
+from kantai.preprocessing.lines import Report
 
 EOS = 2
 

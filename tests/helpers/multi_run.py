@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kantai import optim
-from kantai.checkpoint import CheckpointStore
-from kantai.cluster import Place
-from kantai.engine import Engine, LossScale, Outcome
-from kantai.model import MicroBatch
+from kantai.checkpoint.store import CheckpointStore
+from kantai.cluster.environment import Place
+from kantai.data.loader import MicroBatch
+from kantai.distributed.engine import Engine, Outcome
+from kantai.distributed.loss_scale import LossScale
+from kantai.optim import optimizer as optim
 
 ROOT = Path(__file__).parents[2]
 place = Place.from_environment()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kantai.shards import Shard, Split
+from kantai.data.shards import Shard, Split
 
 
 def split_of(*shards: tuple[np.ndarray, list[int]]) -> Split:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kantai.config import Config, load_config
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
 from tests.helpers.commands import CONFIG
 
 UPDATES = 4

@@ -11,12 +11,14 @@ import torch
 import yaml
 from transformers import RobertaForMaskedLM
 
-from kantai.checkpoint import CheckpointStore, verify
-from kantai.config import load_config
-from kantai.data import open_data
+from kantai.checkpoint.state import load_weights
+from kantai.checkpoint.store import CheckpointStore
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
 from kantai.export import export
-from kantai.model import build_model, load_weights
-from kantai.rundir import RunDir
+from kantai.model.roberta import build_model
+from kantai.storage.atomic import verify
+from kantai.training.run_dir import RunDir
 from tests.helpers.commands import ROOT, TINY, job, metrics, several, state
 
 UPDATES = 6

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kantai.checkpoint import staged
-from kantai.tokenizer import save_tokenizer, train_tokenizer
+from kantai.data.tokenizer import save_tokenizer
+from kantai.preprocessing.tokenizer_training import train_tokenizer
+from kantai.storage.atomic import staged
 from tests.helpers.commands import ENVIRONMENT, ROOT, TINY, pretrain, script
 
 

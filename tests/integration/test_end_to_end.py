@@ -10,9 +10,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from kantai.checkpoint import verify
-from kantai.model import build_model, load_weights
-from kantai.rundir import open_saved_run
+from kantai.checkpoint.state import load_weights
+from kantai.model.roberta import build_model
+from kantai.storage.atomic import verify
+from kantai.training.run_dir import open_saved_run
 from tests.helpers.commands import ENVIRONMENT, ROOT, kill_at_once, metrics, pretrain, script
 
 UPDATES = 5

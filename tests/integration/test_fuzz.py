@@ -16,17 +16,21 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kantai import UserError
-from kantai.checkpoint import MANIFEST, CheckpointStore, digest, sha256
-from kantai.cluster import Place
-from kantai.config import BatchPlan, load_config
-from kantai.data import open_data
-from kantai.engine import Engine
-from kantai.ledger import describe_shards, hash_stream
-from kantai.metrics import Metrics
-from kantai.model import build_model, load_weights
-from kantai.rundir import PassedOver, open_run_dir, open_saved_run
-from kantai.tokenizer import load_tokenizer
+from kantai.checkpoint.state import load_weights
+from kantai.checkpoint.store import CheckpointStore
+from kantai.cluster.environment import Place
+from kantai.config.batch_plan import BatchPlan
+from kantai.config.loading import load_config
+from kantai.data.dataset import open_data
+from kantai.data.inspect import describe_shards, hash_stream
+from kantai.data.tokenizer import load_tokenizer
+from kantai.distributed.engine import Engine
+from kantai.errors import UserError
+from kantai.model.roberta import build_model
+from kantai.storage.atomic import MANIFEST, digest, sha256
+from kantai.training.metrics import Metrics
+from kantai.training.run_dir import open_run_dir, open_saved_run
+from kantai.training.skipped_data import PassedOver
 from tests.helpers.commands import CONFIG, TINY
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

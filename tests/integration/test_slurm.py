@@ -18,7 +18,8 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kantai.checkpoint import CheckpointStore, verify
+from kantai.checkpoint.store import CheckpointStore
+from kantai.storage.atomic import verify
 from tests.helpers.commands import TINY, metrics, pretrain, script
 from tests.helpers.slurm_cluster import Cluster, cluster_of
 

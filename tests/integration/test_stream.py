@@ -8,11 +8,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from kantai.batches import Batch
-from kantai.config import Config, load_config
-from kantai.data import Data, open_data
-from kantai.ledger import hash_stream, hash_update
-from kantai.loader import stream
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
+from kantai.data.batches import Batch
+from kantai.data.dataset import Data, open_data
+from kantai.data.inspect import hash_stream, hash_update
+from kantai.data.loader import stream
 from tests.helpers.commands import CONFIG
 
 UPDATES = 200

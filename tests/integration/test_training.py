@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kantai.checkpoint import CheckpointStore, verify
+from kantai.checkpoint.store import CheckpointStore
+from kantai.storage.atomic import verify
 from tests.helpers.commands import (
     ENVIRONMENT,
     ROOT,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kantai.config import load_config
+from kantai.config.loading import load_config
 from tests.helpers.commands import CONFIG, ENVIRONMENT, ROOT, TINY, launch_command
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kantai import model as model_module
-from kantai.batches import Batch, document_starts
-from kantai.config import load_config
-from kantai.data import open_data
-from kantai.masking import IGNORED_LABEL
-from kantai.model import MaskedRoberta, MicroBatch, build_model
-from kantai.tokenizer import load_tokenizer
+from kantai.config.loading import load_config
+from kantai.data.batches import Batch, document_starts
+from kantai.data.dataset import open_data
+from kantai.data.loader import MicroBatch
+from kantai.data.masking import IGNORED_LABEL
+from kantai.data.tokenizer import load_tokenizer
+from kantai.model import attention as model_module
+from kantai.model.roberta import MaskedRoberta, build_model
 from tests.helpers.commands import ROOT
 
 BOS, PAD, EOS = 0, 1, 2

@@ -7,12 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from kantai.batches import Batch
-from kantai.config import Config, load_config
-from kantai.data import open_data
-from kantai.masking import IGNORED_LABEL
-from kantai.model import MaskedRoberta, MicroBatch, build_model, training_flops
-from kantai.tokenizer import load_tokenizer
+from kantai.config.loading import load_config
+from kantai.config.schema import Config
+from kantai.data.batches import Batch
+from kantai.data.dataset import open_data
+from kantai.data.loader import MicroBatch
+from kantai.data.masking import IGNORED_LABEL
+from kantai.data.tokenizer import load_tokenizer
+from kantai.model.roberta import MaskedRoberta, build_model, training_flops
 from tests.helpers.commands import ROOT
 
 SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.intermediate_size=64", "--data.seq_len=32"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from kantai.optim import build_optimizer
+from kantai.optim.optimizer import build_optimizer
 from tests.helpers.tiny_model import Tiny, load, trained
 
 

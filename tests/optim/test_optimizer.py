@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kantai import optim
-from kantai.optim import Held, Part, build_optimizer
+from kantai.optim import optimizer as optim
+from kantai.optim.optimizer import Held, Part, build_optimizer
 from tests.helpers.tiny_model import Tiny, load, trained
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kantai.optim import learning_rate
+from kantai.optim.schedule import learning_rate
 from tests.helpers.tiny_model import load
 
 

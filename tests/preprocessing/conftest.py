@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kantai.corpus import pieces
-from kantai.files import find_files
-from kantai.tokenizing import Job
+from kantai.preprocessing.documents import pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.job import Job
 
 MakeJob = Callable[..., Job]
 

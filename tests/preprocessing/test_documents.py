@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kantai.lines
-from kantai import UserError
-from kantai.corpus import Report, Unit, documents, pieces
-from kantai.files import Span, find_files
+import kantai.preprocessing.lines
+from kantai.errors import UserError
+from kantai.preprocessing.documents import Unit, documents, pieces
+from kantai.preprocessing.files import Span, find_files
+from kantai.preprocessing.lines import Report
 from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.files import read, written
 
@@ -204,8 +205,8 @@ def test_null_is_an_empty_document_and_empty_ones_are_counted(tmp_path: Path) ->
 
 READING = """
 import datasets, pyarrow.parquet, sys
-from kantai.corpus import documents, pieces
-from kantai.files import find_files
+from kantai.preprocessing.documents import documents, pieces
+from kantai.preprocessing.files import find_files
 def most(kind):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) // 1024
 cut = pieces(find_files([sys.argv[1]]))
@@ -234,7 +235,7 @@ def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path,
 
 @pytest.mark.parametrize("prefix", ["", "hub:"])
 def test_endless_records_are_refused(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kantai.lines, "MOST_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(kantai.preprocessing.lines, "MOST_DOCUMENT_BYTES", 1000)
     pq.write_table(pa.table({"text": ["x" * 1000, "y" * 1001]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="record 2: a document longer than 256 MiB"):
         list(documents(pieces(find_files([prefix + str(tmp_path / ("" if prefix else "a.parquet"))]))[0]))
@@ -281,9 +282,9 @@ def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, b
     unit, text = unit_and_text
     text = b"\xef\xbb\xbf" * mark + text or b" "
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kantai.lines, "_BLOCK_BYTES", block)
-        patch.setattr(kantai.lines, "_TAIL_BYTES", block)
-        patch.setattr("kantai.corpus._MOST_MENDED", 1.0)
+        patch.setattr(kantai.preprocessing.lines, "_BLOCK_BYTES", block)
+        patch.setattr(kantai.preprocessing.lines, "_TAIL_BYTES", block)
+        patch.setattr("kantai.preprocessing.documents._MOST_MENDED", 1.0)
         (file,) = find_files([str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))])
         whole, parts = Report(), Report()
         expected = list(documents((Span(file, 0, file.size),), unit, report=whole))

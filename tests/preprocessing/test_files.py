@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kantai import UserError
-from kantai.corpus import documents, pieces
-from kantai.files import MIB, File, cut, find_files, hub_dataset, open_file
+from kantai.errors import UserError
+from kantai.preprocessing.documents import documents, pieces
+from kantai.preprocessing.files import MIB, File, cut, find_files, hub_dataset, open_file
 from tests.helpers.files import written
 
 
@@ -122,7 +122,7 @@ def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
 
 def test_local_files_do_not_wait_for_the_library_of_the_remote_ones(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "x")
-    code = f"import sys, kantai.files as f; file, = f.find_files([{str(path)!r}]); print({{'fsspec', 'datasets', 'pyarrow'}} & sys.modules.keys())"
+    code = f"import sys, kantai.preprocessing.files as f; file, = f.find_files([{str(path)!r}]); print({{'fsspec', 'datasets', 'pyarrow'}} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

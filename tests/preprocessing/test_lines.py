@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.corpus import Report, Unit, documents, pieces
-from kantai.files import MIB, find_files
+from kantai.errors import UserError
+from kantai.preprocessing.documents import Unit, documents, pieces
+from kantai.preprocessing.files import MIB, find_files
+from kantai.preprocessing.lines import Report
 from tests.helpers.files import read, written
 
 WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kantai import UserError, tokenizing
-from kantai.corpus import pieces
-from kantai.files import find_files
-from kantai.shards import SHARD_TOKENS, SPLITS, open_shards
-from kantai.tokenizing import Job, merge, tokenize
+from kantai.data.shards import SHARD_TOKENS, SPLITS, open_shards
+from kantai.errors import UserError
+from kantai.preprocessing import merge as tokenizing
+from kantai.preprocessing.documents import pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.job import Job
+from kantai.preprocessing.merge import merge
+from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.files import content, texts_of
 
 MakeJob = Callable[..., Job]
@@ -106,7 +109,7 @@ def test_counting_a_shard_takes_less_memory_than_the_shard() -> None:
     tokens = np.arange(SHARD_TOKENS).astype(np.uint16) % 1000
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    counts = tokenizing._counted(tokens, 1000)
+    counts = tokenizing.count_tokens(tokens, 1000)
     most = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     assert counts.tolist() == np.bincount(tokens).tolist()

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kantai.corpus import documents, pieces, splittable
-from kantai.files import MIB, File, find_files
-from kantai.sample import Sample, draw_samples
+from kantai.preprocessing.documents import documents, pieces, splittable
+from kantai.preprocessing.files import MIB, File, find_files
+from kantai.preprocessing.sampling import Sample, draw_samples
 
 COMPRESSORS = {"gz": gzip.compress, "xz": lzma.compress, "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
 
@@ -101,7 +101,7 @@ def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(t
     stored = sum(file.text_bytes for file in files)
     assert stored < 3 * number * 64  # a quarter less than there is, or more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kantai.sample.MIB", 1 << 14)  # files of some size, as to the sample
+        patch.setattr("kantai.preprocessing.sampling.MIB", 1 << 14)  # files of some size, as to the sample
         sample, texts, rest = drawn(files, int(share * stored))
     assert sample.bytes == pytest.approx(share * stored, rel=0.1)
     for some in (texts, rest):

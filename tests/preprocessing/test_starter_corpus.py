@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.starter import PROMPTS, FetchError, fetch, write_starter
+from kantai.errors import UserError
+from kantai.preprocessing.starter_corpus import PROMPTS, FetchError, fetch, write_starter
 from tests.helpers.commands import ROOT
 
 BOUNDS = (1000, 20_000)
@@ -176,7 +176,7 @@ def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: P
     assert 1_000_000 < len(corpus) < 5_000_000
     assert b"\n\n" in corpus and b"\0" not in corpus
 
-    code = "import sys; from kantai.starter import python_docs; sys.stdout.buffer.write(python_docs().encode())"
+    code = "import sys; from kantai.preprocessing.starter_corpus import python_docs; sys.stdout.buffer.write(python_docs().encode())"
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=True)
     assert hashlib.sha256(ran.stdout).hexdigest() == hashlib.sha256(corpus).hexdigest()

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.corpus import pieces
-from kantai.files import find_files
-from kantai.shards import open_shards
-from kantai.tokenizing import Job, merge, tokenize
+from kantai.data.shards import open_shards
+from kantai.errors import UserError
+from kantai.preprocessing.documents import pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.job import Job
+from kantai.preprocessing.merge import merge
+from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
 from tests.helpers.files import content, texts_of
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.corpus import Unit, documents, pieces
-from kantai.files import find_files
-from kantai.tokenizer import coverage, load_tokenizer, save_tokenizer, train_tokenizer
+from kantai.data.tokenizer import load_tokenizer, save_tokenizer
+from kantai.errors import UserError
+from kantai.preprocessing.documents import Unit, documents, pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.tokenizer_training import coverage, train_tokenizer
 from tests.helpers.commands import ENVIRONMENT, ROOT
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.checkpoint import Damaged, digest, read_manifest, staged, verify
+from kantai.errors import UserError
+from kantai.storage.atomic import Damaged, digest, read_manifest, staged, verify
 from tests.helpers.commands import run_python
 
 
@@ -59,7 +59,7 @@ def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
 def test_sigkill_leaves_a_hidden_folder_that_the_next_attempt_removes(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal
-from kantai.checkpoint import staged
+from kantai.storage.atomic import staged
 with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -74,8 +74,8 @@ def test_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path) -> Non
     """/dev/full answers every write as a full disk does."""
     code = f"""
 import pathlib
-from kantai import run_command
-from kantai.checkpoint import staged
+from kantai.errors import run_command
+from kantai.storage.atomic import staged
 def main():
     with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
         (folder / "first").write_text("fits")

@@ -20,8 +20,8 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from kantai import UserError
-from kantai.cache import Cache, RemoteFile
+from kantai.errors import UserError
+from kantai.storage.remote_cache import Cache, RemoteFile
 from tests.helpers.commands import ROOT
 
 PLENTY = 1 << 30
@@ -31,7 +31,7 @@ FAULTS = ("500", "503", "cut", "short", "wrong", "stall", "hang up")
 CHILD = """
 import json, multiprocessing, sys, time
 from pathlib import Path
-from kantai.cache import Cache, RemoteFile
+from kantai.storage.remote_cache import Cache, RemoteFile
 url, folder, files = json.loads(sys.argv[1])
 files = [RemoteFile(*file) for file in files]
 cache = Cache(url, Path(folder), 1 << 30, backoff_seconds=0.01)
@@ -470,7 +470,7 @@ def test_a_full_device_gives_up_old_files_before_the_run(tmp_path: Path, server:
     large = server.add("large", 5 * SIZE)
     code = f"""
 import subprocess
-from kantai import UserError
+from kantai.errors import UserError
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size={3 * SIZE + SIZE // 2}", "tmpfs", folder], check=True)
 cache = Cache(url, Path(folder), 1 << 30, backoff_seconds=0.01)
 *files, large = files

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kantai.saving import best_interval_seconds
+from kantai.training.checkpointer import best_interval_seconds
 
 
 @pytest.mark.parametrize("cost", [0.2, 5.0, 60.0])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kantai import UserError
-from kantai.checkpoint import CheckpointStore
-from kantai.metrics import Metrics
+from kantai.checkpoint.store import CheckpointStore
+from kantai.errors import UserError
+from kantai.training.metrics import Metrics
 from tests.helpers.commands import ENVIRONMENT, ROOT
 
 
@@ -46,8 +46,8 @@ def test_a_record_that_finds_no_room_is_an_error_and_not_a_wait(what: str, tmp_p
     code = f"""
 import resource
 from pathlib import Path
-from kantai.checkpoint import CheckpointStore
-from kantai.metrics import Metrics, TensorBoard
+from kantai.checkpoint.store import CheckpointStore
+from kantai.training.metrics import Metrics, TensorBoard
 from tensorboardX.summary import scalar
 
 run = Path({str(tmp_path)!r})

@@ -1,0 +1,1 @@
+"""What a run is: its settings, and the batch arithmetic that follows from them."""

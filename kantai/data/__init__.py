@@ -1,0 +1,1 @@
+"""What the model is shown at step t: shards, shuffle, packing, masking, batches."""

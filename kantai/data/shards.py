@@ -1,0 +1,263 @@
+"""Where are the tokens? Shards: Hugging Face Arrow files, a document a row, mapped into memory without a copy.
+
+A shard is one Arrow record batch with the one column ``input_ids``: its values buffer is the token stream, in which every document
+ends with ``</s>``, and its offsets are the document boundaries. ``datasets.load_dataset("arrow", data_files=...)`` reads it too.
+"""
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from kantai.errors import UserError
+from kantai.storage.atomic import MANIFEST, Damaged, parse_manifest, record, replaced, verify
+from kantai.storage.remote_cache import Cache, RemoteFile
+
+Int64s = npt.NDArray[np.int64]
+SPLITS = ("train", "held_out")
+SHARD_TOKENS = 1 << 25
+TOKEN_COUNTS = "token_counts.npy"
+_MOST_UINT16_IDS = 1 << 16
+_OPEN_AT_ONCE = 512
+_QUICKLY_HASHED_BYTES = 1 << 32
+_WRITE_AGAIN = "write them again with scripts/tokenize_corpus.py"
+_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+class _Entry(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    file: str
+    documents: _Count
+    tokens: _Count
+
+
+class _Split(TypedDict):
+    shards: list[_Entry]
+    documents: _Count
+    tokens: _Count
+    unigram_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Manifest(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+    kind: Literal["shards"]
+    tokenizer: str
+    vocab_size: _Count
+    dtype: Literal["uint16", "uint32"]
+    source: dict[str, Any]
+    report: dict[str, Any]
+    splits: dict[str, _Split]
+    files: dict[str, dict[str, Any]]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of a shard (uint16 or uint32) and its ``documents + 1`` boundaries (int32), both memory-mapped."""
+
+    tokens: npt.NDArray[Any]
+    boundaries: npt.NDArray[np.int32]
+
+    @property
+    def lengths(self) -> Int64s:
+        """Tokens of each document, its ``</s>`` included."""
+        return np.diff(self.boundaries).astype(np.int64)
+
+
+class Split:
+    """The shards of a split in order: how much is in each, known from the manifest, and what, opened when it is asked for."""
+
+    def __init__(self, entries: list[dict[str, Any]], open_file: Callable[[str], Shard]) -> None:
+        self.files: list[str] = [entry["file"] for entry in entries]
+        self.documents: Int64s = np.array([entry["documents"] for entry in entries], np.int64)
+        self.tokens: Int64s = np.array([entry["tokens"] for entry in entries], np.int64)
+        self.open_at_once = _OPEN_AT_ONCE
+        self._open_file = open_file
+        self._opened: OrderedDict[int, Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> Shard:
+        """One shard. Those not used for longest are let go of: there may be more than a process may map, or a cache may hold.
+
+        Raises:
+            UserError: it is not what the manifest says, or cannot be fetched.
+        """
+        if number in self._opened:
+            self._opened.move_to_end(number)
+        else:
+            shard = self._open_file(self.files[number])
+            if len(shard.tokens) != self.tokens[number] or len(shard.boundaries) != self.documents[number] + 1:
+                raise UserError(f"damaged shards: {self.files[number]} is not as its manifest says; {_WRITE_AGAIN}")
+            self._opened[number] = shard
+            while len(self._opened) > self.open_at_once:
+                self._opened.popitem(last=False)
+        return self._opened[number]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """An opened folder of shards: the manifest, the splits, and the cache through which they come if they are elsewhere."""
+
+    manifest: dict[str, Any]
+    splits: dict[str, Split]
+    open_file: Callable[[str], BinaryIO]
+    cache: Cache | None
+
+    def token_counts(self) -> Int64s:
+        """How often each entry of the vocabulary occurs, [splits, vocabulary].
+
+        Raises:
+            UserError: the file that says so does not.
+        """
+        try:
+            with self.open_file(TOKEN_COUNTS) as file:
+                counts: Int64s = np.load(file, allow_pickle=False)
+            if counts.shape != (len(SPLITS), self.manifest["vocab_size"]) or counts.dtype != np.int64:
+                raise ValueError(f"shape {counts.shape} of {counts.dtype}")
+        except (ValueError, EOFError, KeyError, SyntaxError) as error:
+            raise UserError(f"damaged shards: {TOKEN_COUNTS} is no table of counts: {error}; {_WRITE_AGAIN}") from None
+        return counts
+
+    def prefetch(self, split: str, numbers: list[int]) -> None:
+        """Have some shards fetched in the background, in this order, where they are not on this node."""
+        if self.cache is not None:
+            self.cache.prefetch([_remote_file(self.manifest, self.splits[split].files[number]) for number in numbers])
+
+
+def open_shards(location: str | Path, *, hashes: bool | None = None, cache: Callable[[str], Cache] | None = None) -> ShardSet:
+    """Open a set of shards: a folder, mapped into memory, or a URL, fetched shard by shard when they are needed.
+
+    Args:
+        hashes: compare every byte of a folder with the manifest's SHA-256, not only the sizes. None: where that is done in seconds.
+            What is fetched is always compared.
+        cache: makes the node's cache for a URL.
+
+    Raises:
+        UserError: not a set of shards, or one that is not as it was written.
+    """
+    try:
+        if "://" not in str(location):
+            return _open_folder(Path(location), hashes)
+        if cache is None:
+            raise UserError(f"{location} is not on this machine: train from it, or copy it to a folder first")
+        return _open_remote(cache(str(location)), str(location))
+    except Damaged as damage:
+        raise UserError(f"damaged shards: {damage}; {_WRITE_AGAIN}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{location} is not a folder of shards: write one with scripts/tokenize_corpus.py") from None
+
+
+class ShardWriter:
+    """Collects documents and writes a shard whenever enough tokens came together."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
+        """Write ``PREFIX-000.arrow``, ``PREFIX-001.arrow`` and so on."""
+        self.prefix, self.shard_tokens, self.dtype = prefix, shard_tokens, dtype
+        self.shards: list[dict[str, Any]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._tokens: list[npt.NDArray[Any]] = []
+        self._lengths: list[Int64s] = []
+        self._collected = 0
+
+    def add(self, tokens: npt.NDArray[Any], lengths: Int64s) -> None:
+        """Append documents: their tokens one after another, each ended by ``</s>``, and how many each has."""
+        if self._collected and self._collected + len(tokens) > self.shard_tokens:
+            self._write()
+        self._tokens.append(tokens.astype(self.dtype))
+        self._lengths.append(lengths)
+        self._collected += len(tokens)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Write what is left; return the entries of all shards: file, documents, tokens, bytes, sha256."""
+        if self._collected:
+            self._write()
+        return self.shards
+
+    def _write(self) -> None:
+        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
+        self._start()
+        self.shards.append(write_shard(self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):03d}.arrow"), tokens, lengths))
+
+
+def write_shard(path: Path, tokens: npt.NDArray[Any], lengths: Int64s) -> dict[str, Any]:
+    """Write one shard, whole or not at all, and return its entry: file, documents, tokens, bytes, sha256."""
+    boundaries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).astype(np.int32)
+    batch = pa.record_batch([pa.ListArray.from_arrays(pa.array(boundaries), pa.array(tokens))], names=["input_ids"])
+    with replaced(path) as partial:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        return {"file": path.name, "documents": len(lengths), "tokens": len(tokens), **record(partial)}
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """What holds the ids of a vocabulary: two bytes up to 65,536 entries, else four."""
+    return np.dtype(np.uint16 if vocab_size <= _MOST_UINT16_IDS else np.uint32)
+
+
+def map_shard(file: BinaryIO) -> Shard:
+    """Map one shard into memory.
+
+    Raises:
+        UserError: it is no shard.
+    """
+    try:
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        column = pa.ipc.open_stream(content).read_all().column("input_ids").chunk(0)
+        column.validate()  # that the buffers are as large as they are said to be
+        shard = Shard(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+        if (shard.boundaries[0], shard.boundaries[-1]) != (0, len(shard.tokens)) or (np.diff(shard.boundaries) < 0).any():
+            raise ValueError("its documents do not follow each other")
+        return shard
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"damaged shards: {file.name} is none: {error}; {_WRITE_AGAIN}") from None
+
+
+def _open_folder(folder: Path, hashes: bool | None) -> ShardSet:
+    if not folder.is_dir():
+        raise UserError(f"no shards at {folder}: write them with scripts/tokenize_corpus.py")
+    manifest = verify(folder, hashes=False)
+    if hashes or (hashes is None and sum(entry["bytes"] for entry in manifest["files"].values()) < _QUICKLY_HASHED_BYTES):
+        verify(folder)
+    return _shard_set(manifest, lambda name: (folder / name).open("rb"), None)
+
+
+def _open_remote(cache: Cache, url: str) -> ShardSet:
+    manifest = parse_manifest(cache.read_small(MANIFEST), f"{url}/{MANIFEST}")
+    return _shard_set(manifest, lambda name: cache.open(_remote_file(manifest, name)), cache)
+
+
+def _shard_set(manifest: dict[str, Any], open_file: Callable[[str], BinaryIO], cache: Cache | None) -> ShardSet:
+    _MANIFEST.validate_python(manifest)
+    dtype = np.dtype(manifest["dtype"])
+
+    def open_shard(name: str) -> Shard:
+        with open_file(name) as file:
+            shard = map_shard(file)
+        if shard.tokens.dtype != dtype:
+            raise UserError(f"damaged shards: {name} holds {shard.tokens.dtype}, not {dtype}; {_WRITE_AGAIN}")
+        return shard
+
+    splits = {name: Split(manifest["splits"][name]["shards"], open_shard) for name in SPLITS}
+    return ShardSet(manifest, splits, open_file, cache)
+
+
+def _remote_file(manifest: dict[str, Any], name: str) -> RemoteFile:
+    entry = manifest["files"][name]
+    return RemoteFile(name, entry["bytes"], entry["sha256"])

@@ -1,0 +1,1 @@
+"""How good a model is: the held-out loss, and words for masked prompts."""

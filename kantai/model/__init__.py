@@ -1,0 +1,1 @@
+"""The RoBERTa that is trained: stock weights, its own forward pass."""

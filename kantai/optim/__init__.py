@@ -1,0 +1,1 @@
+"""How weights move: AdamW, Muon, and the learning rate schedule."""

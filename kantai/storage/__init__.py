@@ -1,0 +1,1 @@
+"""Files and folders that are published whole, and fetched once a node."""

@@ -3,7 +3,7 @@
 python benchmarks/checkpoint.py                    the tutorial's model, 83.5 million parameters; five minutes on two CPU cores
 python benchmarks/checkpoint.py --work /scratch/me where the checkpoints are to go
 
-Real runs of scripts/pretrain.py: one without checkpoints, one that saves every few updates, one that resumes. Then, in this process, the
+Real runs of scripts/pretrain.py: one without checkpoints, one that saves every few steps, one that resumes. Then, in this process, the
 same model and optimizer through Accelerator.save_state and load_state. All write the same 3 fp32 numbers a parameter.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from programs import ROOT, prepare, program
 
-UPDATES, EVERY = 12, 3
+STEPS, EVERY = 12, 3
 SHAPE = ["--model.vocab_size=52000", "--model.num_hidden_layers=6", "--data.seq_len=128", "--batch.global_batch_size=8"]
 SHAPE += [
     "--model.hidden_size=768",
@@ -39,16 +39,16 @@ def main() -> None:
             *prepare(where),
             *SHAPE,
             f"--training.precision={arguments.precision}",
-            f"--training.total_updates={UPDATES}",
-            "--optimizer.warmup_updates=1",
+            f"--training.max_steps={STEPS}",
+            "--optimizer.warmup_steps=1",
         ]
         never, often = where / "never", where / "often"
-        train(never, [*settings, "--checkpoint.every_updates=1000"])
-        first = train(often, [*settings, f"--checkpoint.every_updates={EVERY}"])
-        shutil.rmtree(often / "checkpoints" / f"update-{UPDATES:08d}")
-        again = train(often, [*settings, f"--checkpoint.every_updates={EVERY}"])
-        size = sum(path.stat().st_size for path in (often / "checkpoints").glob(f"update-{UPDATES:08d}/*.safetensors"))
-        update_seconds = {run: sum(values(run, "speed/update_seconds")[2 : UPDATES - EVERY]) for run in (never, often)}
+        train(never, [*settings, "--checkpoint.every_steps=1000"])
+        first = train(often, [*settings, f"--checkpoint.every_steps={EVERY}"])
+        shutil.rmtree(often / "checkpoints" / f"step-{STEPS:08d}")
+        again = train(often, [*settings, f"--checkpoint.every_steps={EVERY}"])
+        size = sum(path.stat().st_size for path in (often / "checkpoints").glob(f"step-{STEPS:08d}/*.safetensors"))
+        step_seconds = {run: sum(values(run, "speed/step_seconds")[2 : STEPS - EVERY]) for run in (never, often)}
         shutil.rmtree(never)
         saved, loaded, stock_bytes = accelerate(settings, where)
     stall, write = (statistics.median(values_) for values_ in first[1:])
@@ -56,20 +56,20 @@ def main() -> None:
     print("| | kantai | Accelerate's save_state |\n|---|---|---|")
     print(f"| training stands still for a checkpoint | {stall:.2f} s | {saved:.2f} s |")
     print(f"| written, fsynced, read back and hashed meanwhile | {write:.2f} s | no |")
-    print(f"| updates while one is written take | {update_seconds[often] / update_seconds[never]:.2f} x as long | |")
-    print(f"| from launch to the first update done | {first[0]:.1f} s | |")
+    print(f"| steps while one is written take | {step_seconds[often] / step_seconds[never]:.2f} x as long | |")
+    print(f"| from launch to the first step done | {first[0]:.1f} s | |")
     print(f"| the same, going on from a checkpoint | {again[0]:.1f} s | load_state alone: {loaded:.1f} s |")
 
 
 def train(run: Path, settings: list[str]) -> tuple[float, list[float], list[float]]:
-    """Seconds from launch to the first update of a run, and of each of its checkpoints: stall and writing."""
+    """Seconds from launch to the first step of a run, and of each of its checkpoints: stall and writing."""
     done = len(values(run, "train/loss")) if run.exists() else 0
     how = ["--batch.micro_batch_size=8", "--evaluation.max_sequences=8", "--checkpoint.keep=9"]
     start = time.time()
     program("scripts/pretrain.py", "--config", "configs/quickstart.yaml", *settings, *how, f"--run_dir={run}")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = min(record["time"] for record in records if "train/loss" in record and record["time"] > start)
-    assert done <= UPDATES
+    assert done <= STEPS
     return first - start, values(run, "checkpoint/stall_seconds"), values(run, "checkpoint/write_seconds")
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss over the seconds spent in updates, of some runs, as a picture.
+"""Held-out loss over the seconds spent in steps, of some runs, as a picture.
 
 python benchmarks/curves.py docs/curves.svg 'the tutorial=runs/tutorial/run' 'kantai-fast=runs/kantai-fast/run'
 
@@ -31,10 +31,10 @@ def main() -> None:
 
 
 def curve(run: Path) -> tuple[list[float], list[float], float]:
-    """Minutes spent in updates until each evaluation, its loss, and the unigram entropy of what is held out."""
+    """Minutes spent in steps until each evaluation, its loss, and the unigram entropy of what is held out."""
     spent, minutes, losses, entropy = 0.0, [], [], 0.0
     for record in read_metrics(run / "metrics.jsonl"):
-        spent += record.get("speed/update_seconds", 0.0)
+        spent += record.get("speed/step_seconds", 0.0)
         if "held_out/loss" in record:
             minutes.append(spent / 60)
             losses.append(record["held_out/loss"])

@@ -116,16 +116,16 @@ def loading(work: Path, shards: Path) -> dict[str, float]:
             rates.append(tokens / (time.perf_counter() - start))
         figures[f"tokens_per_second/{packing}/{unit}"] = median(rates[1:])
         print(f"| {packing}, {unit} masks | {median(rates[1:]) / 1e6:.1f} |")
-    print("\n| opening the data and making the first batch of update | ms | of update 0 |\n|---|---|---|")
+    print("\n| opening the data and making the first batch of step | ms | of step 0 |\n|---|---|---|")
     times: dict[int, list[float]] = {0: [], 10**3: [], 10**6: []}
     for _ in range(20):
-        for update, found in times.items():
+        for step, found in times.items():
             start = time.perf_counter()
-            open_data(load_config(ROOT / "configs/roberta-base.yaml", settings)).training_batches(1).micro_batch(update, 0, 0)
+            open_data(load_config(ROOT / "configs/roberta-base.yaml", settings)).training_batches(1).micro_batch(step, 0, 0)
             found.append(time.perf_counter() - start)
-    for update, found in times.items():
-        figures[f"seek_seconds/{update}"] = median(found)
-        print(f"| {update:,} | {median(found) * 1e3:.1f} | {median(found) / median(times[0]):.3f}x |")
+    for step, found in times.items():
+        figures[f"seek_seconds/{step}"] = median(found)
+        print(f"| {step:,} | {median(found) * 1e3:.1f} | {median(found) / median(times[0]):.3f}x |")
     return figures
 
 

@@ -74,9 +74,9 @@ def page(tokens: int) -> str:
         f"| manifest | {len(content) / 1e6:.1f} MB, opened in {opened:.2f} s |",
         f"| memory of the opened set | {opened_bytes / 1e6:.0f} MB a process |",
         f"| memory of the order | {order_bytes / 1e6:.1f} MB |",
-        f"| sequences of {SEQ_LEN} | {order.samples:,}: {epoch:,} updates of {GLOBAL_BATCH_SIZE:,} an epoch |",
+        f"| sequences of {SEQ_LEN} | {order.samples:,}: {epoch:,} steps of {GLOBAL_BATCH_SIZE:,} an epoch |",
         f"| shards open at a time, of a window | {WINDOW}, {WINDOW * shard_bytes.mean() / 1e9:.1f} GB |",
-        *(f"| an update's order, at update {update:,} | {milliseconds(order, update):.1f} ms |" for update in (0, 10**3, 10**6)),
+        *(f"| a step's order, at step {step:,} | {milliseconds(order, step):.1f} ms |" for step in (0, 10**3, 10**6)),
     ]
     table = [
         f"| {nodes} | {share:.1%} | {share * shard_bytes.sum() / 1e9:,.0f} GB | {at_once:,} |"
@@ -125,23 +125,23 @@ def made_up_manifest(tokens: int, pieces: int) -> dict[str, Any]:
     return content | {"digest": digest(content)}
 
 
-def downloads(sequences: Contiguous, order: Shuffled, nodes: int, updates: int) -> tuple[float, int]:
-    """Share of the training shards that a node reads in an epoch, from the first updates of one; and most shards in one update."""
+def downloads(sequences: Contiguous, order: Shuffled, nodes: int, steps: int) -> tuple[float, int]:
+    """Share of the training shards that a node reads in an epoch, from the first steps of one; and most shards in one step."""
     batches = Batches([Stage(0, 0, BatchPlan(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, nodes), sequences, order)], no_file, 1)
     middle = nodes // 2
-    read = [batches.shards(update, middle) for update in range(updates)]
-    visited = np.unique(order.at(np.arange(updates * GLOBAL_BATCH_SIZE))[1])
+    read = [batches.shards(step, middle) for step in range(steps)]
+    visited = np.unique(order.at(np.arange(steps * GLOBAL_BATCH_SIZE))[1])
     shards = np.unique(np.searchsorted(sequences.first_sample, visited, side="right"))
     return len(set(itertools.chain(*read))) / len(shards), max(map(len, read))
 
 
-def milliseconds(order: Shuffled, update: int) -> float:
-    """To find the samples of one update, with nothing known from others."""
+def milliseconds(order: Shuffled, step: int) -> float:
+    """To find the samples of one step, with nothing known from others."""
     found = []
     for _ in range(20):
         fresh = Shuffled(order.samples_per_shard, order.window, order.seed)
         start = time.perf_counter()
-        fresh.at(update * GLOBAL_BATCH_SIZE + np.arange(GLOBAL_BATCH_SIZE))
+        fresh.at(step * GLOBAL_BATCH_SIZE + np.arange(GLOBAL_BATCH_SIZE))
         found.append(time.perf_counter() - start)
     return median(found) * 1e3
 
@@ -160,10 +160,10 @@ Made by `python benchmarks/scale.py`: the real code that plans, opens and shuffl
 |---|---|
 {lines}
 
-An update's rows are dealt to ranks in the order of their sample ids, so a node reads from some of a window's {window} shards
-and not from all. From a URL, it downloads those alone (from the first {looked:,} updates of an epoch, the node in the middle):
+A step's rows are dealt to ranks in the order of their sample ids, so a node reads from some of a window's {window} shards
+and not from all. From a URL, it downloads those alone (from the first {looked:,} steps of an epoch, the node in the middle):
 
-| nodes | of the shards | downloaded an epoch by each | shards read in one update |
+| nodes | of the shards | downloaded an epoch by each | shards read in one step |
 |---|---|---|---|
 {table}
 """

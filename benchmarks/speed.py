@@ -49,10 +49,10 @@ SIDES = {
 }
 LINES = 64  # a batch of the tutorial's
 ROUNDS = 3
-# Nothing but updates; a run is killed when enough of them are done.
-ENDLESS = ["--training.epochs=null", "--training.total_updates=1000000", "--stages=[]"]
-ENDLESS += ["--checkpoint.every_updates=1000000", "--evaluation.every_updates=1000000"]
-LEAST_OF_CHECK = 2.0  # times Trainer's tokens a second
+# Nothing but steps; a run is killed when enough of them are done.
+ENDLESS = ["--training.epochs=null", "--training.max_steps=1000000", "--stages=[]"]
+ENDLESS += ["--checkpoint.every_steps=1000000", "--evaluation.every_steps=1000000"]
+MIN_OF_CHECK = 2.0  # times Trainer's tokens a second
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Found:
     """What a run was like."""
 
     tokens_per_second: list[float]  # from mark to mark
-    first_update_seconds: float  # since its start
+    first_step_seconds: float  # since its start
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Case:
 
     Attributes:
         sides: keys of ``SIDES``; all are compared with the first, ``kantai``.
-        marks: numbers of updates, from each of which to the next a rate is taken; those before the first are warm-up.
+        marks: numbers of steps, from each of which to the next a rate is taken; those before the first are warm-up.
         goals: of what :func:`report` measures; of seconds the most, of all else the least.
         machine: floating-point operations a second by precision, once a round.
     """
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="times that every side is run (default 3; on a GPU 1, of three measurements)")
     parser.add_argument("--minutes", type=float, help="start no round that would end later than this (default 15; on a GPU 8)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 where a small model trains less than {LEAST_OF_CHECK}x as fast")
+    parser.add_argument("--check", action="store_true", help=f"exit with 1 where a small model trains less than {MIN_OF_CHECK}x as fast")
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)  # in a process of its own: who, output, config, settings, marks
     arguments = parser.parse_args()
     if arguments.side:
@@ -128,22 +128,22 @@ def cpu_case(data: list[str], config: Path | None) -> Case:
     """The tutorial's model, trained by a recipe of ours on sequences of its length."""
     shape = ["hidden_size=768", "num_hidden_layers=6", "num_attention_heads=12", "intermediate_size=3072", "vocab_size=52000"]
     shape.append("max_position_embeddings=514")
-    # Each of our updates is as much as three or four of the tutorial's: enough for AdamW's share of the time to be small.
+    # Each of our steps is as much as three or four of the tutorial's: enough for AdamW's share of the time to be small.
     settings = [*data, *(f"--model.{setting}" for setting in shape), "--data.seq_len=128", "--batch.global_batch_size=32"]
     config = config or ROOT / "configs" / "kantai-fast.yaml"
-    goals = {"tutorial": 6.0, "grouped": 3.0, "packed": 3.0, "machine": 0.7, "first_update_seconds": 20.0}
+    goals = {"tutorial": 6.0, "grouped": 3.0, "packed": 3.0, "machine": 0.7, "first_step_seconds": 20.0}
     return Case("the tutorial's model", config, settings, ("kantai", "tutorial", "grouped", "packed"), (2, 7), goals)
 
 
 def gpu_cases(data: list[str]) -> list[Case]:
-    """roberta-base and roberta-large, with four micro-steps an update and no dropout on each side."""
+    """roberta-base and roberta-large, with four micro-steps a step and no dropout on each side."""
     found = []
     for name, rate in (("roberta-base", {"tokens_per_second": 800_000.0}), ("roberta-large", {})):
         config = ROOT / "configs" / f"{name}.yaml"
         rows = 4 * load_config(config).batch.micro_batch_size
         settings = [*data, "--model.vocab_size=50304", f"--batch.global_batch_size={rows}", "--training.compile=true"]
         settings += ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
-        goals = {**rate, "packed": 3.0, "compiled": 3.0, "machine": 0.6, "first_update_seconds": 60.0}
+        goals = {**rate, "packed": 3.0, "compiled": 3.0, "machine": 0.6, "first_step_seconds": 60.0}
         found.append(Case(name, config, settings, ("kantai", "again", "eager", "packed", "compiled"), (5, 15, 25, 35), goals))
     return found
 
@@ -164,8 +164,8 @@ def check(folder: Path, case: Case) -> int:
         with ThreadPoolExecutor() as pool:
             runs = pool.map(lambda side, seed=number: run_side(folder, case, side, seed), case.sides)
             ours, theirs = (run.tokens_per_second[0] for run in runs)
-        print(f"{ours:,.0f} tokens/s, Trainer {theirs:,.0f}: {ours / theirs:.2f}x, at least {LEAST_OF_CHECK}x is expected", flush=True)
-        if ours >= LEAST_OF_CHECK * theirs:
+        print(f"{ours:,.0f} tokens/s, Trainer {theirs:,.0f}: {ours / theirs:.2f}x, at least {MIN_OF_CHECK}x is expected", flush=True)
+        if ours >= MIN_OF_CHECK * theirs:
             return 0
     return 1
 
@@ -180,7 +180,7 @@ def run_rounds(folder: Path, cases: list[Case], rounds: int, end: float) -> None
                 found = run_side(folder, case, side, number)
                 case.found.setdefault(side, []).append(found)
                 rates = ", ".join(f"{rate:,.0f}" for rate in found.tokens_per_second)
-                print(f"round {number + 1}, {case.name}, {side}: {rates} tokens/s, {found.first_update_seconds:.1f} s to start", flush=True)
+                print(f"round {number + 1}, {case.name}, {side}: {rates} tokens/s, {found.first_step_seconds:.1f} s to start", flush=True)
         if number + 1 < rounds and 2 * time.monotonic() - start > end:
             print(f"no more rounds than {number + 1} of {rounds}: the next would take too long")
             break
@@ -193,18 +193,18 @@ def run_side(folder: Path, case: Case, side: str, number: int) -> Found:
         return kantai(folder / "run", case, [*settings, *(["--training.compile=false"] if side == "eager" else [])])
     began = time.time()
     logged = in_process(folder, case, side, settings)
-    return Found(logged["tokens_per_second"], logged["first_update_time"] - began)
+    return Found(logged["tokens_per_second"], logged["first_step_time"] - began)
 
 
 def kantai(run: Path, case: Case, settings: list[str]) -> Found:
-    """A run of pretrain.py, ended when it has done the updates wanted."""
+    """A run of pretrain.py, ended when it has done the steps wanted."""
     log = run.with_suffix(".log")
     command = [*launch(1), "scripts/pretrain.py", "--config", str(case.config.absolute()), *settings, f"--run_dir={run}"]
     began = time.time()
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True)
     try:
-        while len(records := updates_of(run)) < case.marks[-1]:
+        while len(records := steps_of(run)) < case.marks[-1]:
             if process.poll() is not None:
                 sys.exit(f"scripts/pretrain.py: {log.read_text()}")
             time.sleep(0.2)
@@ -214,19 +214,19 @@ def kantai(run: Path, case: Case, settings: list[str]) -> Found:
         process.wait()
     shutil.rmtree(run)
     tokens = [tokens for tokens, _ in work(case, settings, case.marks[-1])]
-    ends = [record["time"] for record in records]  # the clock's, as for the other sides: what lies between updates counts, too
+    ends = [record["time"] for record in records]  # the clock's, as for the other sides: what lies between steps counts, too
     rates = [sum(tokens[a:b]) / (ends[b - 1] - ends[a - 1]) for a, b in itertools.pairwise(case.marks)]
     return Found(rates, ends[0] - began)
 
 
-def updates_of(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's updates so far."""
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps so far."""
     path = run / "metrics.jsonl"
-    return [record for record in read_metrics(path) if "speed/update_seconds" in record] if path.exists() else []
+    return [record for record in read_metrics(path) if "speed/step_seconds" in record] if path.exists() else []
 
 
-def work(case: Case, settings: list[str], updates: int) -> list[tuple[int, int]]:
-    """Content tokens of our updates, and floating-point operations that they need."""
+def work(case: Case, settings: list[str], steps: int) -> list[tuple[int, int]]:
+    """Content tokens of our steps, and floating-point operations that they need."""
     import torch
 
     from kantai.model.roberta import build_model, training_flops
@@ -235,9 +235,9 @@ def work(case: Case, settings: list[str], updates: int) -> list[tuple[int, int]]
     with torch.device("meta"):
         shape = build_model(data.config, data.vocabulary).config
     batches, found = data.training_batches(1), []
-    for update in range(updates):
-        steps = range(batches.stage(update).plan.gradient_accumulation_steps)
-        shown = [batches.micro_batch(update, step, 0) for step in steps]
+    for step in range(steps):
+        steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
+        shown = [batches.micro_batch(step, step, 0) for step in steps]
         sizes = [(batch.tokens, batch.attended_pairs, int((batch.labels != IGNORED_LABEL).sum())) for batch in shown]
         tokens, pairs, masked = map(sum, zip(*sizes, strict=True))
         found.append((tokens, training_flops(shape, tokens, pairs, masked)))
@@ -338,7 +338,7 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
         ).train()
     tokens = [sum(map(len, examples[a * rows * steps : b * rows * steps])) for a, b in itertools.pairwise(marks)]
     rates = [of_all / (times[b] - times[a]) for of_all, (a, b) in zip(tokens, itertools.pairwise(marks), strict=True)]
-    return {"tokens_per_second": rates, "first_update_time": times[1]}
+    return {"tokens_per_second": rates, "first_step_time": times[1]}
 
 
 def example_of(ids: list[int], vocabulary: Vocabulary, masked_before: bool) -> dict[str, list[int]]:
@@ -378,19 +378,19 @@ def report(case: Case) -> dict[str, Any]:
     limits = [rates[case.precision] / flops * tokens for rates in case.machine]
     limit = median(limits)
     rates = {side: [rate for run in case.found[side] for rate in run.tokens_per_second] for side in case.sides}
-    starts = {side: max(run.first_update_seconds for run in case.found[side]) for side in case.sides}
+    starts = {side: max(run.first_step_seconds for run in case.found[side]) for side in case.sides}
     faster = {side: median(ours / theirs for ours, theirs in zip(rates["kantai"], rates[side], strict=True)) for side in case.sides}
     ours = median(rates["kantai"])
     share = {
         side: median(median(run.tokens_per_second) / of for run, of in zip(case.found[side], limits, strict=True)) for side in case.sides
     }
-    print(f"\n| {case.name}, {case.precision} | content tokens/s | of the limit | first update after | kantai is |\n|---|---|---|---|---|")
+    print(f"\n| {case.name}, {case.precision} | content tokens/s | of the limit | first step after | kantai is |\n|---|---|---|---|---|")
     for side in case.sides:
         rate = median(rates[side])
         print(f"| {SIDES[side]} | {rate:,.0f} | {share[side]:.0%} | {starts[side]:.1f} s | {faster[side]:.2f}x |")
     needed = f"{flops / tokens / 1e6:,.0f} MFLOP a token, {limit * flops / tokens / 1e9:,.0f} GFLOP/s"
     print(f"| the machine's limit: {needed} | {limit:,.0f} | 100% | | {share['kantai']:.2f}x |\n")
-    measured = {**faster, "machine": share["kantai"], "first_update_seconds": starts["kantai"], "tokens_per_second": ours}
+    measured = {**faster, "machine": share["kantai"], "first_step_seconds": starts["kantai"], "tokens_per_second": ours}
     for name, goal in case.goals.items():
         most = name.endswith("_seconds")
         met = measured[name] <= goal if most else measured[name] >= goal

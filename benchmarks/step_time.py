@@ -1,9 +1,9 @@
-"""How long does an update take on many GPUs, and what is it spent on? A model of it, held against runs here and figures of others.
+"""How long does a step take on many GPUs, and what is it spent on? A model of it, held against runs here and figures of others.
 
 python benchmarks/step_time.py            the model's tables alone; seconds
 python benchmarks/step_time.py --measure  first runs of one rank and two on this machine's CPU; four minutes on two cores
 
-An update's time is computing, which every GPU does on its rows, and moving numbers, of which some goes on beside computing:
+A step's time is computing, which every GPU does on its rows, and moving numbers, of which some goes on beside computing:
 
     seconds = micro-steps x compute + max(0, moving - what computing hides of it) + moving after the step
 
@@ -56,7 +56,7 @@ class Backend:
     bucket_bytes: float
 
     def moved(self, micro_steps: int, gpus: int) -> float:
-        """Through each GPU in an update, in weights' bytes."""
+        """Through each GPU in a step, in weights' bytes."""
         return (self.every_micro_step * micro_steps + self.last_micro_step + self.after_step) * (gpus - 1) / gpus
 
 
@@ -94,7 +94,7 @@ class Cluster:
         bandwidth = self.inside if nodes == 1 else min(self.inside, self.outside)
         return moved / bandwidth + math.ceil(moved / backend.bucket_bytes) * math.log2(nodes) * self.latency
 
-    def update_seconds(self, backend: Backend, weights_bytes: float, micro_step_seconds: float, micro_steps: int, gpus: int) -> float:
+    def step_seconds(self, backend: Backend, weights_bytes: float, micro_step_seconds: float, micro_steps: int, gpus: int) -> float:
         """The model."""
         units = backend.every_micro_step * micro_steps + backend.last_micro_step
         moving, after = (self.moving_seconds(backend, each, weights_bytes, gpus) for each in (units, backend.after_step))
@@ -123,11 +123,11 @@ PUBLISHED = [
     (Cluster("DGX-2H, 16 V100", 16, 0, 130e9, 0.8 * 100e9, overlap=False), 8, 512, {1: 625.66, 4: 2386.38, 16: 9932.8, 64: 37478.4}),
 ]
 
-# What is run here: weights of 23 MB, two micro-steps an update.
-ROWS, MICRO_STEPS, FEW, MANY = 16, 2, 4, 24  # rows a rank and update; updates of a short run and a long one
+# What is run here: weights of 23 MB, two micro-steps a step.
+ROWS, MICRO_STEPS, FEW, MANY = 16, 2, 4, 24  # rows a rank and step; steps of a short run and a long one
 MODEL = ["hidden_size=256", "num_hidden_layers=2", "num_attention_heads=4", "intermediate_size=1024"]
 SETTINGS = [*(f"--model.{setting}" for setting in MODEL), "--data.seq_len=64", f"--batch.micro_batch_size={ROWS // MICRO_STEPS}"]
-SETTINGS += ["--evaluation.every_updates=1000", "--evaluation.max_sequences=2", "--checkpoint.every_updates=1000"]
+SETTINGS += ["--evaluation.every_steps=1000", "--evaluation.max_sequences=2", "--checkpoint.every_steps=1000"]
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def measure(folder: Path) -> None:
     machine = Cluster("this one", 2, 0, rate, rate, overlap=False)  # two cores: whoever moves does not compute
     print(f"Two ranks of one thread over gloo; weights of {weights_bytes / 1e6:.0f} MB, {MICRO_STEPS} micro-steps;", end=" ")
     print(f"all-reduce of all: {weights_bytes / rate:.3f} s\n")
-    print("| backend | moved an update, counted on the wire | by the model | one rank | two, measured | by the model | weak scaling |")
+    print("| backend | moved a step, counted on the wire | by the model | one rank | two, measured | by the model | weak scaling |")
     print("|---|---|---|---|---|---|---|")
     for name, backend in BACKENDS.items():
         config = "cpu" if name == "ddp" else name
@@ -164,14 +164,14 @@ def measure(folder: Path) -> None:
         finish([process for process, _ in alone])
         one = median(seconds(path) for _, path in alone)
         wire = []
-        for updates in (FEW, MANY):
+        for steps in (FEW, MANY):
             before = loopback_bytes()
-            process, path = run(folder / f"{name}-{updates}", settings, config, 2, updates)
+            process, path = run(folder / f"{name}-{steps}", settings, config, 2, steps)
             finish([process])
             wire.append(loopback_bytes() - before)
         two = seconds(path)
         counted = (wire[1] - wire[0]) / (MANY - FEW) / 2  # each of two ranks sends half of it
-        model = machine.update_seconds(backend, weights_bytes, one / MICRO_STEPS, MICRO_STEPS, 2)
+        model = machine.step_seconds(backend, weights_bytes, one / MICRO_STEPS, MICRO_STEPS, 2)
         moved = backend.moved(MICRO_STEPS, 2) * weights_bytes
         print(f"| {name} | {counted / 1e6:.1f} MB | {moved / 1e6:.1f} MB | {one:.3f} s | {two:.3f} s | {model:.3f} s | {one / two:.0%} |")
     print()
@@ -183,10 +183,10 @@ def published() -> None:
     for cluster, rows, tokens, rates in PUBLISHED:
         after_backward = Backend(0, 2, 0, 0.0, 100e6)
         batch = rows * cluster.gpus_per_node
-        compute = batch / rates[1] - cluster.update_seconds(after_backward, BERT_LARGE_BYTES, 0, 1, cluster.gpus_per_node)
+        compute = batch / rates[1] - cluster.step_seconds(after_backward, BERT_LARGE_BYTES, 0, 1, cluster.gpus_per_node)
         for nodes, rate in rates.items():
             gpus = nodes * cluster.gpus_per_node
-            model = nodes * batch / cluster.update_seconds(after_backward, BERT_LARGE_BYTES, compute, 1, gpus)
+            model = nodes * batch / cluster.step_seconds(after_backward, BERT_LARGE_BYTES, compute, 1, gpus)
             given = "taken from it" if nodes == 1 else f"{model / rate - 1:+.1%}"
             print(f"| {cluster.name}, {rows} rows of {tokens} a GPU | {nodes} | {rate:,.0f} | {model:,.0f} | {given} |")
     print()
@@ -198,13 +198,13 @@ def predicted(name: str, config: Config) -> None:
 
     model, tokens = model_of(config, 50265), config.data.seq_len
     weights_bytes, flops = bytes_of(model), training_flops(model.config, tokens, tokens**2, round(config.masking.ratio * tokens))
-    per_update = config.batch.global_batch_size
-    print(f"| {name}, {per_update} rows of {tokens} an update | GPUs | micro-steps x rows | {' | '.join(BACKENDS)} |")
+    per_step = config.batch.global_batch_size
+    print(f"| {name}, {per_step} rows of {tokens} a step | GPUs | micro-steps x rows | {' | '.join(BACKENDS)} |")
     print(f"|---|---|---|{'---|' * len(BACKENDS)}")
     for cluster, gpus in itertools.product(CLUSTERS, GPUS):
-        plan = BatchPlan(per_update, config.batch.micro_batch_size, gpus)
+        plan = BatchPlan(per_step, config.batch.micro_batch_size, gpus)
         steps, compute = plan.gradient_accumulation_steps, plan.micro_batch_size * flops / cluster.flops_per_second
-        shares = [steps * compute / cluster.update_seconds(backend, weights_bytes, compute, steps, gpus) for backend in BACKENDS.values()]
+        shares = [steps * compute / cluster.step_seconds(backend, weights_bytes, compute, steps, gpus) for backend in BACKENDS.values()]
         print(f"| {cluster.name} | {gpus} | {steps} x {plan.micro_batch_size} | {' | '.join(f'{share:.0%}' for share in shares)} |")
     print()
 
@@ -226,9 +226,9 @@ def bytes_of(model: Any) -> int:
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
-def run(path: Path, settings: Sequence[str], backend: str, ranks: int, updates: int) -> tuple["subprocess.Popen[str]", Path]:
+def run(path: Path, settings: Sequence[str], backend: str, ranks: int, steps: int) -> tuple["subprocess.Popen[str]", Path]:
     """Start pretrain.py with so many rows a rank."""
-    sizes = [f"--batch.global_batch_size={ROWS * ranks}", f"--training.total_updates={updates}", "--optimizer.warmup_updates=1"]
+    sizes = [f"--batch.global_batch_size={ROWS * ranks}", f"--training.max_steps={steps}", "--optimizer.warmup_steps=1"]
     script = ["scripts/pretrain.py", "--config", "configs/quickstart.yaml", *settings, *sizes, f"--run_dir={path}"]
     return start([*launch(ranks, backend), *script]), path
 
@@ -254,9 +254,9 @@ def finish(processes: list["subprocess.Popen[str]"]) -> None:
 
 
 def seconds(path: Path) -> float:
-    """Median of a run's updates, but for the first few."""
+    """Median of a run's steps, but for the first few."""
     records = (json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines())
-    return median([record["speed/update_seconds"] for record in records if "speed/update_seconds" in record][3:])
+    return median([record["speed/step_seconds"] for record in records if "speed/step_seconds" in record][3:])
 
 
 def loopback_bytes() -> int:

@@ -3,7 +3,7 @@
 python benchmarks/true_loss.py                     Python's documentation; two minutes on two CPU cores
 python benchmarks/true_loss.py --corpus kant.txt
 
-One update of a RoBERTa of one layer, at learning rate 0: the same weights, sequences and masks for both, in real launches.
+One step of a RoBERTa of one layer, at learning rate 0: the same weights, sequences and masks for both, in real launches.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from programs import ROOT, prepare, program
 SEQUENCES = 64
 SPLITS = ((1, 1), (1, 4), (2, 1), (2, 4))  # ranks, micro-steps
 SETTINGS = ["--model.num_hidden_layers=1", "--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
-SETTINGS += ["--data.seq_len=32", f"--batch.global_batch_size={SEQUENCES}", "--training.total_updates=1", "--evaluation.max_sequences=1"]
-SETTINGS += ["--optimizer.learning_rate=1e-30", "--optimizer.warmup_updates=0"]
+SETTINGS += ["--data.seq_len=32", f"--batch.global_batch_size={SEQUENCES}", "--training.max_steps=1", "--evaluation.max_sequences=1"]
+SETTINGS += ["--optimizer.learning_rate=1e-30", "--optimizer.warmup_steps=0"]
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def stock(folder: Path, ranks: int, steps: int, settings: list[str]) -> tuple[fl
 
 
 def trainer(output: Path, ranks: int, steps: int, settings: list[str]) -> None:
-    """A rank of stock Trainer with RobertaForMaskedLM on the samples of kantai's first update, masked as there."""
+    """A rank of stock Trainer with RobertaForMaskedLM on the samples of kantai's first step, masked as there."""
     import torch
     from transformers import RobertaForMaskedLM, Trainer, TrainingArguments
 

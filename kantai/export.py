@@ -18,14 +18,14 @@ from kantai.storage.atomic import MANIFEST, staged
 from kantai.training.metrics import read_metrics
 from kantai.training.run_dir import RunDir
 
-_MOST_DIFFERENCE = 1e-4  # of a logit, between two paths through the same fp32 weights
+_MAX_DIFFERENCE = 1e-4  # of a logit, between two paths through the same fp32 weights
 
 
-def export(run_dir: RunDir, model: MaskedRoberta, update: int, output: Path) -> float:
+def export(run_dir: RunDir, model: MaskedRoberta, step: int, output: Path) -> float:
     """Write weights (safetensors), config, tokenizer and model card; publish them only after ``pipeline("fill-mask")`` agrees.
 
     Args:
-        model: with the weights of ``update``.
+        model: with the weights of ``step``.
 
     Returns:
         The largest difference between a logit of the trained model and of the one loaded back.
@@ -33,7 +33,7 @@ def export(run_dir: RunDir, model: MaskedRoberta, update: int, output: Path) -> 
     Raises:
         UserError: ``output`` exists, or what was loaded back is another model.
     """
-    lineage = {"update": update, "run": str(run_dir.path), **run_dir.lineage}
+    lineage = {"step": step, "run": str(run_dir.path), **run_dir.lineage}
     with staged(output, kind="model", lineage=lineage) as folder:
         stock = RobertaForMaskedLM(model.config)
         stock.load_state_dict(model.state_dict())
@@ -41,7 +41,7 @@ def export(run_dir: RunDir, model: MaskedRoberta, update: int, output: Path) -> 
         _copy_tokenizer(Path(run_dir.config.data.tokenizer), folder, run_dir.config.data.seq_len)
         (folder / "README.md").write_text(_card(run_dir, model, lineage), encoding="utf-8")
         difference = _difference(run_dir, model, folder)
-        if not difference <= _MOST_DIFFERENCE:
+        if not difference <= _MAX_DIFFERENCE:
             raise UserError(f"the exported model's logits differ from the trained one's by {difference}: {output} was not written")
     return difference
 
@@ -78,10 +78,10 @@ def _card(run_dir: RunDir, model: MaskedRoberta, lineage: dict[str, Any]) -> str
     front = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["roberta", "fill-mask", "kantai"]}
     rows = {
         "parameters": f"{model.num_parameters():,}",
-        "updates": f"{lineage['update']:,} of {run_dir.config.batch.global_batch_size} sequences of {run_dir.config.data.seq_len} tokens",
+        "steps": f"{lineage['step']:,} of {run_dir.config.batch.global_batch_size} sequences of {run_dir.config.data.seq_len} tokens",
         "training split": f"{data.shards.manifest['splits']['train']['tokens']:,} tokens",
         "unigram entropy": f"{data.unigram_entropy:.3f} nats a token",
-        **_last_score(run_dir.path / "metrics.jsonl", lineage["update"]),
+        **_last_score(run_dir.path / "metrics.jsonl", lineage["step"]),
     }
     fingerprints = {key: str(lineage[key]) for key in ("config", "shards", "tokenizer", "code")}
     return "\n".join(
@@ -99,13 +99,13 @@ def _card(run_dir: RunDir, model: MaskedRoberta, lineage: dict[str, Any]) -> str
     )
 
 
-def _last_score(metrics: Path, update: int) -> dict[str, str]:
-    """The last held-out score up to an update, for the card."""
+def _last_score(metrics: Path, step: int) -> dict[str, str]:
+    """The last held-out score up to a step, for the card."""
     score: dict[str, str] = {}
     for entry in read_metrics(metrics) if metrics.exists() else []:
-        if entry.get("held_out/loss") is not None and entry["update"] <= update:
+        if entry.get("held_out/loss") is not None and entry["step"] <= step:
             score = {
-                "held-out loss": f"{entry['held_out/loss']:.3f} nats a masked token (update {entry['update']})",
+                "held-out loss": f"{entry['held_out/loss']:.3f} nats a masked token (step {entry['step']})",
                 "held-out accuracy": f"{entry['held_out/accuracy']:.1%}",
                 "held-out perplexity": f"{np.exp(entry['held_out/loss']):,.1f}",
             }

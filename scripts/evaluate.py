@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("run", help="run directory")
     arguments = parser.parse_args()
 
-    run_dir, update = open_saved_run(arguments.run)
+    run_dir, step = open_saved_run(arguments.run)
     import torch
 
     from kantai.checkpoint.state import load_weights
@@ -24,11 +24,11 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(run_dir.config, run_dir.data.vocabulary)
-    load_weights(model, run_dir.store.path(update))
+    load_weights(model, run_dir.store.path(step))
     micro = run_dir.config.batch.micro_batch_size
     batches, steps = run_dir.data.held_out_batches(BatchPlan(micro, micro, 1))
     score = held_out_score(model.to(device), batches, steps, rank=0, device=device)
-    print(f"update {update}, {score.masked:,} masked tokens of the held-out split")
+    print(f"step {step}, {score.masked:,} masked tokens of the held-out split")
     print(f"loss        {score.loss:.4f} nats a masked token")
     print(f"the floor   {run_dir.data.unigram_entropy:.4f} nats: the corpus' unigram entropy, what knowing only word frequencies gives")
     print(f"accuracy    {score.accuracy:.2%}")

@@ -18,7 +18,7 @@ def main() -> None:
 
     if arguments.output.exists():  # before seconds of imports
         raise UserError(f"{arguments.output} exists already; remove it or choose another output")
-    run_dir, update = open_saved_run(arguments.run)
+    run_dir, step = open_saved_run(arguments.run)
     from transformers.utils import logging
 
     from kantai.checkpoint.state import load_weights
@@ -27,9 +27,9 @@ def main() -> None:
 
     logging.disable_progress_bar()
     model = build_model(run_dir.config, run_dir.data.vocabulary)
-    load_weights(model, run_dir.store.path(update))
-    difference = export(run_dir, model, update, arguments.output)
-    print(f'{arguments.output}: update {update}, loaded back with pipeline("fill-mask"), logits equal within {difference:.1g}')
+    load_weights(model, run_dir.store.path(step))
+    difference = export(run_dir, model, step, arguments.output)
+    print(f'{arguments.output}: step {step}, loaded back with pipeline("fill-mask"), logits equal within {difference:.1g}')
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     from kantai.diagnostics import preflight  # imports torch, which bad input need not wait for
 
-    number, address, port = preflight.place()
+    number, address, port = preflight.rendezvous()
     nodes = arguments.nodes.split(",")
-    found = preflight.meet(preflight.look(nodes[number], Path(config.run_dir), arguments.scratch), nodes, number, address, port)
+    found = preflight.exchange(preflight.inspect_node(nodes[number], Path(config.run_dir), arguments.scratch), nodes, number, address, port)
     if number > 0:
         return
     wrong = preflight.judge(found, nodes, preflight.run_gib(config))

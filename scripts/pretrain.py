@@ -6,7 +6,7 @@ accelerate launch --config_file configs/accelerate/cpu.yaml scripts/pretrain.py 
 import argparse
 import sys
 
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.cluster.signals import EXIT_STOPPED
 from kantai.config.loading import describe, load_config
 from kantai.data.dataset import open_data
@@ -27,19 +27,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check config, data and run directory, and start nothing; takes a second")
     arguments, overrides = parser.parse_known_args()
 
-    place = Place.from_environment()
+    rank_info = RankInfo.from_environment()
     config = load_config(arguments.config, overrides)
-    data = open_data(config, hashes=place.is_main)
+    data = open_data(config, hashes=rank_info.is_main)
     run_dir = open_run_dir(config, data, resume=arguments.resume == "auto")
     if arguments.check or run_dir.is_finished():
-        if place.is_main:
-            print(f"{run_dir.path}: {run_dir.newest()} of {data.total_updates} updates done")
+        if rank_info.is_main:
+            print(f"{run_dir.path}: {run_dir.newest()} of {data.max_steps} steps done")
         return
     from torch.distributed.elastic.multiprocessing.errors import record  # torch is what bad input need not wait for
 
     from kantai.training.trainer import train
 
-    if not record(train)(run_dir, place):
+    if not record(train)(run_dir, rank_info):
         sys.exit(EXIT_STOPPED)
 
 

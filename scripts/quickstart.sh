@@ -2,7 +2,7 @@
 # From raw text to a model that fills in masks, in minutes: corpus, tokenizer, shards, training, evaluation, export, predictions.
 #   bash scripts/quickstart.sh                  Kant, or where there is no network, Python's documentation
 #   bash scripts/quickstart.sh --corpus FILE    your own text
-# Settings of configs/quickstart.yaml may follow: --training.total_updates=4000
+# Settings of configs/quickstart.yaml may follow: --training.max_steps=4000
 # Finished stages are skipped when it runs again; an interrupted one goes on.
 set -euo pipefail
 

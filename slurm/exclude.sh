@@ -7,7 +7,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   scontrol update jobid="$SLURM_ARRAY_JOB_ID" excnodelist="$excluded" # says also which links could not be told: this one, and those before
   fail "links that still wait do without $excluded; where none does, submit the chain again with --exclude=$excluded" 75
 fi
-read -r times at <<<"${RESUBMITTED:-0 0}" # how often in a row, before the same update
+read -r times at <<<"${RESUBMITTED:-0 0}" # how often in a row, before the same step
 [ "$at" = "$before" ] || times=0
 [ "$times" -le "$MAX_FRUITLESS" ] || fail "gave up: too many bad nodes: $excluded" 1
 requeueable && requeue=--requeue || requeue=--no-requeue

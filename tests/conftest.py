@@ -93,5 +93,5 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def _without_skipping(report: Report) -> Report:
     """Where CI is set, a skipped test is a failure: what is not run is not known to work."""
     if report.skipped and os.environ.get("CI"):
-        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
+        report.result, report.longrepr = "failed", f"skipped: {report.longrepr}"
     return report

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kantai.errors import UserError
 from kantai.model.roberta import MaskedRoberta
-from kantai.storage.atomic import record
+from kantai.storage.atomic import manifest_entry
 
 NUMBERS = "numbers"
-_MOST_HEADER_BYTES = 512  # of a tensor: its name, shape and place
+_MAX_HEADER_BYTES = 512  # of a tensor: its name, shape and place
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Snapshot:
         path = folder / self.file_name
         self._refuse_lack_of_room(path)
         save_file(self.tensors, path, metadata={NUMBERS: json.dumps(self.numbers)})  # one entry: safetensors keeps no order
-        entry = record(path)
+        entry = manifest_entry(path)
         with safe_open(path, framework="pt") as file:
             for name, tensor in self.tensors.items():
                 if not torch.equal(file.get_tensor(name).view(torch.int32), tensor.view(torch.int32)):  # bits: NaN is not NaN
@@ -58,7 +58,7 @@ class Snapshot:
         """Have the file system set the file's size aside, quotas and all, and let go: safetensors writes under another name first."""
         with path.open("wb") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, self.size_bytes + _MOST_HEADER_BYTES * (1 + len(self.tensors)))
+                os.posix_fallocate(file.fileno(), 0, self.size_bytes + _MAX_HEADER_BYTES * (1 + len(self.tensors)))
             except (AttributeError, OSError) as error:  # not every system can
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
@@ -89,7 +89,7 @@ class SavedState:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{checkpoint} is no checkpoint: {error}") from None
 
-    def refuse_others(self, expected: dict[str, tuple[int, ...]], *, strict: bool = True) -> None:
+    def check_shapes(self, expected: dict[str, tuple[int, ...]], *, strict: bool = True) -> None:
         """Compare names and shapes with a model's.
 
         Args:
@@ -120,7 +120,7 @@ def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:
         UserError: a weight is missing or has another shape.
     """
     saved, parameters = SavedState(checkpoint), dict(model.named_parameters())
-    saved.refuse_others({name: tuple(parameter.shape) for name, parameter in parameters.items()}, strict=False)
+    saved.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, strict=False)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

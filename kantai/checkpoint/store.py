@@ -12,7 +12,7 @@ from kantai.storage.atomic import Damaged, fsync, publish, verify
 
 
 class CheckpointStore:
-    """The checkpoints of a run directory, one folder an update: ``checkpoints/update-00001000``.
+    """The checkpoints of a run directory, one folder a step: ``checkpoints/step-00001000``.
 
     Every start of a run stages its checkpoints in a folder of its own, ``.attempt-000007``, and takes those of earlier starts away. So a
     node that was cut off, and still computes while the job runs elsewhere, can publish and prune nothing: the rename that would do it has
@@ -23,7 +23,7 @@ class CheckpointStore:
         self.folder = run_dir / "checkpoints"
         self._attempt: Path | None = None
 
-    def take_over(self) -> None:
+    def supersede(self) -> None:
         """Begin an attempt; from here on, earlier ones can change nothing. For one process alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         starts = self.folder / ".starts"  # a number each, which is never given twice
@@ -42,30 +42,30 @@ class CheckpointStore:
         for earlier in self.folder.glob(".attempt-*"):
             if earlier.name < self._attempt.name:
                 with contextlib.suppress(FileNotFoundError):
-                    earlier.rename(self._attempt / f"taken-{earlier.name}")
-                    shutil.rmtree(self._attempt / f"taken-{earlier.name}", ignore_errors=True)
+                    earlier.rename(self._attempt / f"superseded-{earlier.name}")
+                    shutil.rmtree(self._attempt / f"superseded-{earlier.name}", ignore_errors=True)
 
-    def is_taken_over(self) -> bool:
+    def is_superseded(self) -> bool:
         """Whether a later start of the run has begun."""
         return self._attempt is not None and not self._attempt.is_dir()
 
-    def stage(self, update: int) -> Path:
-        """An empty folder for the checkpoint after ``update`` updates."""
-        with self._only_as_the_latest() as attempt:
-            folder = attempt / self.path(update).name
+    def begin(self, step: int) -> Path:
+        """An empty folder for the checkpoint after ``step`` steps."""
+        with self._fenced() as attempt:
+            folder = attempt / self.path(step).name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             return folder
 
-    def publish(self, update: int, files: dict[str, dict[str, Any]], **meta: Any) -> None:
+    def publish(self, step: int, files: dict[str, dict[str, Any]], **meta: Any) -> None:
         """Put the staged checkpoint into its place; see :func:`publish`."""
-        with self._only_as_the_latest() as attempt:
-            publish(attempt / self.path(update).name, self.path(update), files, kind="checkpoint", update=update, **meta)
+        with self._fenced() as attempt:
+            publish(attempt / self.path(step).name, self.path(step), files, kind="checkpoint", step=step, **meta)
 
     @contextlib.contextmanager
     def replaced(self, path: Path) -> Iterator[Path]:
         """As :func:`replaced`, for a file beside the checkpoints that only the latest start may change."""
-        with self._only_as_the_latest() as attempt:
+        with self._fenced() as attempt:
             partial = attempt / path.name
             yield partial
             fsync(partial)
@@ -73,54 +73,54 @@ class CheckpointStore:
             fsync(path.parent)
 
     @contextlib.contextmanager
-    def _only_as_the_latest(self) -> Iterator[Path]:
-        assert self._attempt is not None, "take_over comes first"
+    def _fenced(self) -> Iterator[Path]:
+        assert self._attempt is not None, "supersede comes first"
         try:
             yield self._attempt
         except FileNotFoundError:
-            if self.is_taken_over():
-                raise UserError(f"{self.folder.parent} has been taken over by a later start of the run: this one ends") from None
+            if self.is_superseded():
+                raise UserError(f"{self.folder.parent} has been superseded by a later start of the run: this one ends") from None
             raise
 
-    def path(self, update: int) -> Path:
-        """Where the checkpoint after ``update`` updates is."""
-        return self.folder / f"update-{update:08d}"
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after ``step`` steps is."""
+        return self.folder / f"step-{step:08d}"
 
-    def updates(self) -> list[int]:
-        """Update counts of the published checkpoints, oldest first."""
-        found = (re.fullmatch(r"update-(\d+)", path.name) for path in self.folder.glob("update-*"))
+    def steps(self) -> list[int]:
+        """Step counts of the published checkpoints, oldest first."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in found if match)
 
     def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint whose every byte is as it was written, as (update, manifest); None when there is none.
+        """The newest checkpoint whose every byte is as it was written, as (step, manifest); None when there is none.
 
         Args:
             set_aside: rename the damaged ones after it to ``damaged-...``, for the one process that may write.
         """
         damaged = []
-        for update in reversed(self.updates()):
+        for step in reversed(self.steps()):
             try:
-                manifest = verify(self.path(update))
+                manifest = verify(self.path(step))
             except Damaged as damage:
-                print(f"checkpoint {update} is damaged and not used: {damage}", flush=True)
-                damaged.append(update)
+                print(f"checkpoint {step} is damaged and not used: {damage}", flush=True)
+                damaged.append(step)
                 continue
             for other in damaged if set_aside else []:
-                with self._only_as_the_latest() as attempt:
+                with self._fenced() as attempt:
                     aside = self.folder / f"damaged-{self.path(other).name}"
                     shutil.rmtree(aside, ignore_errors=True)
                     self.path(other).rename(attempt / aside.name)
                     (attempt / aside.name).rename(aside)
-            return update, manifest
+            return step, manifest
         return None
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints. Call it after :func:`verify` of the newest."""
-        with self._only_as_the_latest() as attempt:
-            for update in self.updates()[:-keep]:
+        with self._fenced() as attempt:
+            for step in self.steps()[:-keep]:
                 # Renamed first: a kill in mid-removal must not leave a checkpoint with files missing under its name.
-                pruned = attempt / f"pruned-{update}"
-                self.path(update).rename(pruned)
+                pruned = attempt / f"pruned-{step}"
+                self.path(step).rename(pruned)
                 shutil.rmtree(pruned, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ _STARTED = time.time()
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process among the ranks of a run, as the launcher announced it in the environment."""
 
     rank: int
@@ -18,7 +18,7 @@ class Place:
     local_rank: int
 
     @classmethod
-    def from_environment(cls) -> "Place":
+    def from_environment(cls) -> "RankInfo":
         """Read what ``accelerate launch`` or ``torchrun`` set; without a launcher, a world of one.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Requests to stop or save: signals, files in the run directory, and the end of the job."""
+"""StopSignals to stop or save: signals, files in the run directory, and the end of the job."""
 
 import contextlib
 import math
@@ -17,10 +17,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _remembered: list[signal.Signals] = []  # those that came
 
 
-class Requests:
+class StopSignals:
     """What was asked of a run: by a signal, by a file named STOP or SAVE in its directory, or by the end of its job.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are remembered for the loop to read at the next update boundary; a second one ends the process at
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are remembered for the loop to read at the next step boundary; a second one ends the process at
     once, which costs no more than what was not saved.
     """
 
@@ -28,7 +28,7 @@ class Requests:
         """Listen from now on.
 
         Args:
-            looks: for the files as well, which is for one rank alone: a thousand would ask the file system at every update.
+            looks: for the files as well, which is for one rank alone: a thousand would ask the file system at every step.
         """
         self.run_dir, self.looks = run_dir, looks
         self.signal: signal.Signals | None = None
@@ -44,7 +44,7 @@ class Requests:
         """Why this process would stop now, or None.
 
         Args:
-            seconds_needed: to do another update, and to save.
+            seconds_needed: to do another step, and to save.
         """
         if self.signal is not None:
             return f"{self.signal.name} came"
@@ -66,7 +66,7 @@ class Requests:
         """Remove the files, now that what they ask is being done; for one process alone.
 
         Args:
-            stop: whether the run stops, too; else a STOP that has come since is left for the next update.
+            stop: whether the run stops, too; else a STOP that has come since is left for the next step.
         """
         for name in ("SAVE", "STOP") if stop else ("SAVE",):
             (self.run_dir / name).unlink(missing_ok=True)

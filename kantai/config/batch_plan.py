@@ -1,4 +1,4 @@
-"""Batch arithmetic: which rows of an update are computed on which rank, in which micro-step."""
+"""Batch arithmetic: which rows of a step are computed on which rank, in which micro-step."""
 
 import dataclasses
 import math
@@ -6,9 +6,9 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The sizes of updates from one on."""
+    """The sizes of steps from one on."""
 
-    first_update: int
+    first_step: int
     seq_len: int
     global_batch_size: int
     max_micro_batch_size: int
@@ -16,9 +16,9 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """The batch arithmetic: which of an update's rows are computed where. The only place that knows it.
+    """The batch arithmetic: which of a step's rows are computed where. The only place that knows it.
 
-    An update's ``global_batch_size`` rows are dealt over ``world_size`` ranks in ``gradient_accumulation_steps`` micro-steps
+    A step's ``global_batch_size`` rows are dealt over ``world_size`` ranks in ``gradient_accumulation_steps`` micro-steps
     of ``micro_batch_size`` rows; where that does not come out even, the last rows are empty and weigh nothing.
     """
 
@@ -28,7 +28,7 @@ class BatchPlan:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-steps an update."""
+        """Micro-steps a step."""
         return math.ceil(self._rows_per_rank / self.max_micro_batch_size)
 
     @property
@@ -38,7 +38,7 @@ class BatchPlan:
 
     @property
     def empty_rows(self) -> int:
-        """Rows an update that are computed and weigh nothing."""
+        """Rows a step that are computed and weigh nothing."""
         return self.world_size * self.gradient_accumulation_steps * self.micro_batch_size - self.global_batch_size
 
     @property
@@ -46,13 +46,13 @@ class BatchPlan:
         return math.ceil(self.global_batch_size / self.world_size)
 
     def rows(self, rank: int, micro_step: int) -> range:
-        """The rows of an update that a rank computes in a micro-step; those from ``global_batch_size`` on are empty."""
+        """The rows of a step that a rank computes in a micro-step; those from ``global_batch_size`` on are empty."""
         start = (rank * self.gradient_accumulation_steps + micro_step) * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
 
     def __str__(self) -> str:
         text = (
-            f"{self.global_batch_size} sequences an update = {self.world_size} ranks x "
+            f"{self.global_batch_size} sequences a step = {self.world_size} ranks x "
             f"{self.gradient_accumulation_steps} micro-steps x {self.micro_batch_size}"
         )
         if self.empty_rows:

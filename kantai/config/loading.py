@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
     """YAML, but a number may be written 5e-4, as every paper does, and a key may not be given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse what SafeLoader passes over: that a second section of one name replaces the first."""
+        """Refuse what SafeLoader skips: that a second section of one name replaces the first."""
         keys = [key.value for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:

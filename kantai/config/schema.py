@@ -24,7 +24,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Data(Section):
+class DataConfig(Section):
     """Which tokens, cut into which sequences."""
 
     shards: str = Field(
@@ -50,7 +50,7 @@ class Data(Section):
     cache_gb: float = Field(100.0, gt=0, description="most gigabytes in it", json_schema_extra=MAY_CHANGE)
 
 
-class Masking(Section):
+class MaskingConfig(Section):
     """Which tokens are hidden, and behind what."""
 
     unit: Literal["token", "word", "span"] = Field(
@@ -58,19 +58,19 @@ class Masking(Section):
     )
     ratio: float = Field(0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted")
     final_ratio: float | None = Field(
-        None, gt=0, lt=1, description="to which the ratio goes in equal steps until the last update; default: it stays"
+        None, gt=0, lt=1, description="to which the ratio goes in equal steps until the last step; default: it stays"
     )
     mask_share: Share = Field(0.8, description="share of those shown as <mask>")
     random_share: Share = Field(0.1, description="share of those shown as a random token; the rest is shown as it is")
 
     @model_validator(mode="after")
-    def _shares_fit(self) -> "Masking":
+    def _shares_fit(self) -> "MaskingConfig":
         if self.mask_share + self.random_share > 1:
             raise ValueError("mask_share + random_share must not exceed 1")
         return self
 
 
-class Model(Section):
+class ModelConfig(Section):
     """A transformers RobertaConfig; the defaults are roberta-base's."""
 
     hidden_size: Positive = Field(768, description="width")
@@ -90,30 +90,30 @@ class Model(Section):
     max_position_embeddings: Positive | None = Field(None, description="default: data.seq_len + 2, as RoBERTa counts them")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "Model":
+    def _heads_divide(self) -> "ModelConfig":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}")
         return self
 
 
-class Batch(Section):
-    """How many sequences make an update. Gradient accumulation follows from these two and the world size."""
+class BatchConfig(Section):
+    """How many sequences make a step. Gradient accumulation follows from these two and the world size."""
 
-    global_batch_size: Positive = Field(256, description="sequences an update, over all ranks")
+    global_batch_size: Positive = Field(256, description="sequences a step, over all ranks")
     micro_batch_size: Positive = Field(
         32, description="most sequences a rank computes at once: what fits its memory", json_schema_extra=MAY_CHANGE
     )
 
 
-class Stage(Section):
+class StageConfig(Section):
     """An early part of a run with shorter sequences or smaller batches than ``data`` and ``batch`` say for the rest."""
 
-    until_update: Positive = Field(description="where it ends")
+    until_step: Positive = Field(description="where it ends")
     seq_len: int | None = Field(None, ge=8, description="default: data.seq_len")
     global_batch_size: Positive | None = Field(None, description="default: batch.global_batch_size")
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """AdamW or Muon, and the learning rate."""
 
     name: Literal["adamw", "muon"] = Field(
@@ -121,8 +121,8 @@ class Optimizer(Section):
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "wsd"] = Field("linear", description="decay to 0: linear, cosine, or flat and then linear")
-    warmup_updates: NotNegative = Field(0, description="updates of linear warm-up from 0")
-    decay_updates: Positive | None = Field(None, description="updates of the final decay of wsd; default: a tenth of the run")
+    warmup_steps: NotNegative = Field(0, description="steps of linear warm-up from 0")
+    decay_steps: Positive | None = Field(None, description="steps of the final decay of wsd; default: a tenth of the run")
     adam_beta1: Probability = Field(0.9, description="decay of the first moment")
     adam_beta2: Probability = Field(0.98, description="decay of the second moment")
     adam_eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
@@ -131,10 +131,10 @@ class Optimizer(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
 
 
-class Training(Section):
-    """How long, in what arithmetic. Exactly one of total_updates and epochs is given."""
+class TrainingConfig(Section):
+    """How long, in what arithmetic. Exactly one of max_steps and epochs is given."""
 
-    total_updates: Positive | None = Field(None, description="length of the run in updates")
+    max_steps: Positive | None = Field(None, description="length of the run in steps")
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the training split")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
@@ -149,18 +149,18 @@ class Training(Section):
     )
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Training":
-        if (self.total_updates is None) == (self.epochs is None):
-            raise ValueError("give exactly one of total_updates and epochs")
+    def _one_length(self) -> "TrainingConfig":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of max_steps and epochs")
         return self
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """When the state of the run is saved, and how much of it is kept."""
 
-    every_updates: Positive | None = Field(
+    every_steps: Positive | None = Field(
         None,
-        description="updates between checkpoints; one more is written at the end. Default: as often as costs least, by the measured time "
+        description="steps between checkpoints; one more is written at the end. Default: as often as costs least, by the measured time "
         "that saving holds training up and mtbf_hours (Young 1974, Daly 2006)",
         json_schema_extra=MAY_CHANGE,
     )
@@ -170,35 +170,35 @@ class Checkpoint(Section):
     keep: int = Field(3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE)
 
 
-class Failures(Section):
+class FailuresConfig(Section):
     """What is done about bad numbers, hangs and flipped bits."""
 
     max_skipped: Positive = Field(
-        3, description="updates skipped in a row for bad numbers, after which the run goes back to a checkpoint and passes over their data"
+        3, description="steps skipped in a row for bad numbers, after which the run goes back to a checkpoint and skips their data"
     )
     spike_factor: float | None = Field(
         20.0,
         gt=1,
-        description="loss or gradient norm, as a multiple of its median over the last 100 updates, from which on an update is skipped; "
+        description="loss or gradient norm, as a multiple of its median over the last 100 steps, from which on a step is skipped; "
         "None: only where one is no finite number",
     )
     hang_seconds: Positive = Field(
         1800,
-        description="seconds without a finished update, after which every rank writes where it is to RUN/stacks and exits",
+        description="seconds without a finished step, after which every rank writes where it is to RUN/stacks and exits",
         json_schema_extra=MAY_CHANGE,
     )
     compare_replicas_every: Positive | None = Field(
         None,
-        description="updates between comparisons of the ranks' weights, bit by bit, and before every save; default: never",
+        description="steps between comparisons of the ranks' weights, bit by bit, and before every save; default: never",
         json_schema_extra=MAY_CHANGE,
     )
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     """When the held-out split is evaluated, and on how much of it."""
 
-    every_updates: Positive = Field(
-        1000, description="updates between evaluations; one more follows the last update", json_schema_extra=MAY_CHANGE
+    every_steps: Positive = Field(
+        1000, description="steps between evaluations; one more follows the last step", json_schema_extra=MAY_CHANGE
     )
     max_sequences: Positive = Field(4096, description="most held-out sequences evaluated", json_schema_extra=MAY_CHANGE)
     prompts: list[str] = Field(
@@ -211,34 +211,34 @@ class Config(Section):
 
     run_dir: str = Field(description="folder of everything the run writes", json_schema_extra=MAY_CHANGE)
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the sample order, the masks and dropout")
-    data: Data
-    training: Training
-    masking: Masking = Masking()
-    model: Model = Model()
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
-    checkpoint: Checkpoint = Checkpoint()
-    failures: Failures = Failures()
-    evaluation: Evaluation = Evaluation()
-    stages: list[Stage] = Field(
-        [], description="early parts with other sizes, as [{until_update: 1000, seq_len: 128, global_batch_size: 64}]"
+    data: DataConfig
+    training: TrainingConfig
+    masking: MaskingConfig = MaskingConfig()
+    model: ModelConfig = ModelConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    failures: FailuresConfig = FailuresConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    stages: list[StageConfig] = Field(
+        [], description="early parts with other sizes, as [{until_step: 1000, seq_len: 128, global_batch_size: 64}]"
     )
 
     @model_validator(mode="after")
     def _stages_follow(self) -> "Config":
-        ends = [stage.until_update for stage in self.stages]
+        ends = [stage.until_step for stage in self.stages]
         if ends != sorted(set(ends)):
             raise ValueError("stages: each must end after the one before")
-        if ends and self.training.total_updates is not None and ends[-1] >= self.training.total_updates:
-            raise ValueError(f"stages: until_update {ends[-1]} must be less than training.total_updates {self.training.total_updates}")
+        if ends and self.training.max_steps is not None and ends[-1] >= self.training.max_steps:
+            raise ValueError(f"stages: until_step {ends[-1]} must be less than training.max_steps {self.training.max_steps}")
         if any((stage.seq_len or 0) > self.data.seq_len for stage in self.stages):
             raise ValueError(f"stages: no seq_len may exceed data.seq_len {self.data.seq_len}, for which the model has positions")
         return self
 
     def batch_shapes(self) -> "list[BatchShape]":
-        """What an update consists of in each stage, the last one without an end."""
-        final = Stage(until_update=sys.maxsize)
-        starts = [0, *(stage.until_update for stage in self.stages)]
+        """What a step consists of in each stage, the last one without an end."""
+        final = StageConfig(until_step=sys.maxsize)
+        starts = [0, *(stage.until_step for stage in self.stages)]
         return [
             BatchShape(
                 start,

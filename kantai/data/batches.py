@@ -47,28 +47,28 @@ class Mask(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: which sequences it shows, in which order, how many an update."""
+    """A part of a run: which sequences it shows, in which order, how many a step."""
 
-    first_update: int
+    first_step: int
     first_position: int  # in the order
     plan: BatchPlan
     sequences: Sequences
     order: Order
 
-    def position(self, update: int) -> int:
-        """The position in the order at which an update begins."""
-        return self.first_position + (update - self.first_update) * self.plan.global_batch_size
+    def position(self, step: int) -> int:
+        """The position in the order at which a step begins."""
+        return self.first_position + (step - self.first_step) * self.plan.global_batch_size
 
 
 class Batches:
-    """The batches of a run as a pure function of (update, micro-step, rank).
+    """The batches of a run as a pure function of (step, micro-step, rank).
 
-    The rows of an update are dealt in the order of their sample ids, not of the shuffle: what an update shows is the same, and a rank
+    The rows of a step are dealt in the order of their sample ids, not of the shuffle: what a step shows is the same, and a rank
     reads from few shards of a window instead of all.
 
     Args:
-        stages: of the run, in order; the first begins at update 0.
-        mask: rows, epochs, sample ids, update -> masked rows.
+        stages: of the run, in order; the first begins at step 0.
+        mask: rows, epochs, sample ids, step -> masked rows.
         pad_id: fills rows.
         isolated_by: the token at which attention and position ids end; None: they go on to the row's end.
     """
@@ -79,33 +79,33 @@ class Batches:
         self.stages, self.mask, self.pad_id, self.isolated_by = stages, mask, pad_id, isolated_by
         self._latest: tuple[int, Int64s, Int64s] | None = None
 
-    def stage(self, update: int) -> Stage:
-        """The stage that an update, counted from 0, belongs to."""
-        return next(stage for stage in reversed(self.stages) if stage.first_update <= update)
+    def stage_at(self, step: int) -> Stage:
+        """The stage that a step, counted from 0, belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
 
-    def samples(self, update: int) -> tuple[Int64s, Int64s]:
-        """Epoch and sample id of all rows of an update, empty ones included: ascending, and then negative where there is none."""
-        if self._latest is None or self._latest[0] != update:  # micro-steps ask one after another
-            stage = self.stage(update)
-            epochs, samples = stage.order.at(stage.position(update) + np.arange(stage.plan.global_batch_size))
+    def samples(self, step: int) -> tuple[Int64s, Int64s]:
+        """Epoch and sample id of all rows of a step, empty ones included: ascending, and then negative where there is none."""
+        if self._latest is None or self._latest[0] != step:  # micro-steps ask one after another
+            stage = self.stage_at(step)
+            epochs, samples = stage.order.at(stage.position(step) + np.arange(stage.plan.global_batch_size))
             dealt = np.lexsort((epochs, samples, samples < 0))
             empty = (0, stage.plan.empty_rows)
-            self._latest = update, np.pad(epochs[dealt], empty), np.pad(samples[dealt], empty, constant_values=-1)
+            self._latest = step, np.pad(epochs[dealt], empty), np.pad(samples[dealt], empty, constant_values=-1)
         return self._latest[1:]
 
-    def shards(self, update: int, rank: int) -> list[int]:
-        """The shards that ``rank`` reads from in an update."""
-        stage = self.stage(update)
+    def shards(self, step: int, rank: int) -> list[int]:
+        """The shards that ``rank`` reads from in a step."""
+        stage = self.stage_at(step)
         rows = [stage.plan.rows(rank, micro_step) for micro_step in range(stage.plan.gradient_accumulation_steps)]
-        samples = self.samples(update)[1][rows[0].start : rows[-1].stop]
+        samples = self.samples(step)[1][rows[0].start : rows[-1].stop]
         found = np.searchsorted(stage.sequences.first_sample, samples[samples >= 0], side="right") - 1
         return [int(shard) for shard in np.unique(found)]
 
-    def micro_batch(self, update: int, micro_step: int, rank: int) -> Batch:
-        """The rows that ``rank`` computes in ``micro_step`` of ``update``, counted from 0."""
-        stage = self.stage(update)
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> Batch:
+        """The rows that ``rank`` computes in ``micro_step`` of ``step``, counted from 0."""
+        stage = self.stage_at(step)
         rows = stage.plan.rows(rank, micro_step)
-        epochs, samples = (part[rows.start : rows.stop] for part in self.samples(update))
+        epochs, samples = (part[rows.start : rows.stop] for part in self.samples(step))
         ids = stage.sequences.rows(samples)
         content = ids != self.pad_id
         lengths = content[samples >= 0].sum(1)
@@ -113,7 +113,7 @@ class Batches:
         if self.isolated_by is not None:
             spans = np.diff(document_starts(ids[samples >= 0], self.isolated_by))
             starts = document_starts(ids, self.isolated_by).astype(np.int32)
-        masked = self.mask(ids, epochs, samples, update)
+        masked = self.mask(ids, epochs, samples, step)
         return Batch(
             masked.input_ids,
             content if stage.sequences.has_padding else None,

@@ -33,17 +33,17 @@ class Data:
     shards: ShardSet
 
     @cached_property
-    def total_updates(self) -> int:
+    def max_steps(self) -> int:
         """Length of the run, given or derived from the epochs."""
         training = self.config.training
-        if training.total_updates is not None:
-            return training.total_updates
+        if training.max_steps is not None:
+            return training.max_steps
         assert training.epochs is not None
         shapes, epochs_left = self.config.batch_shapes(), training.epochs
         for shape, following in itertools.pairwise(shapes):
-            epochs_left -= (following.first_update - shape.first_update) * shape.global_batch_size / self.samples("train", shape.seq_len)
+            epochs_left -= (following.first_step - shape.first_step) * shape.global_batch_size / self.samples("train", shape.seq_len)
         last = shapes[-1]
-        return max(1, last.first_update + round(epochs_left * self.samples("train", last.seq_len) / last.global_batch_size))
+        return max(1, last.first_step + round(epochs_left * self.samples("train", last.seq_len) / last.global_batch_size))
 
     @property
     def unigram_entropy(self) -> float:
@@ -65,11 +65,11 @@ class Data:
         for shape in self.config.batch_shapes():
             sequences = self._sequences("train", shape.seq_len)
             order = Shuffled(sequences.samples_per_shard, self.config.data.shuffle_window, self.config.seed)
-            first_position = stages[-1].position(shape.first_update) if stages else 0
+            first_position = stages[-1].position(shape.first_step) if stages else 0
             if orders and order.samples != orders[-1].samples:
                 first_position = order.position_of(*orders[-1].next_window(first_position))
             plan = BatchPlan(shape.global_batch_size, shape.max_micro_batch_size, world_size)
-            stages.append(Stage(shape.first_update, first_position, plan, sequences, order))
+            stages.append(Stage(shape.first_step, first_position, plan, sequences, order))
             orders.append(order)
         masking, vocabulary = self.config.masking, self.vocabulary
         masker = dataclasses.replace(
@@ -77,7 +77,7 @@ class Data:
             unit=masking.unit,
             words=None if masking.unit == "token" else Words.of(vocabulary.tokenizer, vocabulary.special_ids),
             final_ratio=masking.final_ratio,
-            total_updates=self.total_updates,
+            max_steps=self.max_steps,
         )
         return self._batches(stages, masker)
 
@@ -167,15 +167,15 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
                     f"the split {split} of {config.data.shards} has {tokens} tokens, "
                     f"less than one sequence of data.seq_len {seq_len}: lower that, bring more text, or hold out more of it"
                 )
-    if config.stages and config.stages[-1].until_update >= data.total_updates:
-        raise UserError(f"stages: until_update {config.stages[-1].until_update} is beyond the run's {data.total_updates} updates; lower it")
+    if config.stages and config.stages[-1].until_step >= data.max_steps:
+        raise UserError(f"stages: until_step {config.stages[-1].until_step} is beyond the run's {data.max_steps} steps; lower it")
     needed = config.data.shuffle_window + 1  # at once; with fewer, every row would open a shard again
     for opened in shards.splits.values():
         # One that came from a URL takes space while it is open, even when the cache has let go of it: not one more than are needed.
         opened.open_at_once = needed if shards.cache is not None else max(opened.open_at_once, needed)
-    if config.optimizer.warmup_updates >= data.total_updates > 1:
+    if config.optimizer.warmup_steps >= data.max_steps > 1:
         raise UserError(
-            f"optimizer.warmup_updates {config.optimizer.warmup_updates} is not less than the run's {data.total_updates} updates; lower it"
+            f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not less than the run's {data.max_steps} steps; lower it"
         )
     for prompt in config.evaluation.prompts:
         if prompt.count(SPECIAL_TOKENS[4]) != 1:

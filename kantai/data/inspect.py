@@ -1,4 +1,4 @@
-"""What was the model shown? A set of shards in figures, an update in words, and a hash of a stretch of the stream."""
+"""What was the model shown? A set of shards in figures, a step in words, and a hash of a stretch of the stream."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ from kantai.data.shards import SPLITS, ShardSet
 from kantai.data.tokenizer import Vocabulary
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-_MOST_SHARDS_READ = 64
+_MAX_SHARDS_READ = 64
 _FREQUENT_TOKENS = 20
 
 
@@ -30,7 +30,7 @@ def describe_shards(shards: ShardSet, vocabulary: Vocabulary | None, seq_lens: I
         yield ""
         yield f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, {len(opened)} shards"
         yield f"  unigram entropy   {entry['unigram_entropy']:.4f} nats a token; {np.count_nonzero(of_split):,} of the entries occur"
-        read = np.unique(np.linspace(0, len(opened) - 1, min(len(opened), _MOST_SHARDS_READ)).astype(np.int64))
+        read = np.unique(np.linspace(0, len(opened) - 1, min(len(opened), _MAX_SHARDS_READ)).astype(np.int64))
         lengths = np.concatenate([opened[number].lengths for number in read.tolist()])
         spread = ", ".join(f"{p} %: {length:,.0f}" for p, length in zip(_PERCENTILES, np.percentile(lengths, _PERCENTILES), strict=True))
         yield f"  document lengths  mean {lengths.mean():,.1f}; {spread}" + (f" (of {len(read)} shards)" if len(read) < len(opened) else "")
@@ -41,19 +41,19 @@ def describe_shards(shards: ShardSet, vocabulary: Vocabulary | None, seq_lens: I
         yield f"  frequent tokens   {'  '.join(words)}"
 
 
-def describe_update(data: Data, batches: Batches, update: int, rank: int, rows: int, *, at: Callable[[int], int] = int) -> Iterator[str]:
-    """What a rank was shown in an update, counted from 0: epoch, sample and text of its rows, each masked token as ``[shown|true]``.
+def describe_step(data: Data, batches: Batches, step: int, rank: int, rows: int, *, at: Callable[[int], int] = int) -> Iterator[str]:
+    """What a rank was shown in a step, counted from 0: epoch, sample and text of its rows, each masked token as ``[shown|true]``.
 
     Args:
-        at: which update's data an update is shown; another one's after a run has passed over some.
+        at: which step's data a step is shown; another one's after a run has skipped some.
     """
-    shown = at(update)
-    stage = batches.stage(shown)
+    shown = at(step)
+    stage = batches.stage_at(shown)
     plan = stage.plan
     epochs, samples = batches.samples(shown)
-    yield f"update {update}: {plan}, of up to {stage.sequences.seq_len} tokens; rank {rank}:"
-    if shown != update:
-        yield f"its data is that of update {shown} by the config: the run passed over what lies before"
+    yield f"step {step}: {plan}, of up to {stage.sequences.seq_len} tokens; rank {rank}:"
+    if shown != step:
+        yield f"its data is that of step {shown} by the config: the run skipped what lies before"
     for micro_step in range(plan.gradient_accumulation_steps):
         batch = batches.micro_batch(shown, micro_step, rank)
         for row, (ids, labels) in zip(plan.rows(rank, micro_step), _rows(batch, data.vocabulary.pad_id), strict=True):
@@ -64,23 +64,23 @@ def describe_update(data: Data, batches: Batches, update: int, rank: int, rows: 
             yield _marked(data.vocabulary, ids, labels)
 
 
-def hash_stream(batches: Batches, first_update: int, stop_update: int, *, at: Callable[[int], int] = int) -> str:
-    """SHA-256 of what the updates from ``first_update`` up to ``stop_update`` show: the same on every cluster and in any division.
+def hash_stream(batches: Batches, first_step: int, stop_step: int, *, at: Callable[[int], int] = int) -> str:
+    """SHA-256 of what the steps from ``first_step`` up to ``stop_step`` show: the same on every cluster and in any division.
 
     Args:
-        at: see :func:`describe_update`.
+        at: see :func:`describe_step`.
     """
     digest = hashlib.sha256()
-    for update in map(at, range(first_update, stop_update)):
-        plan = batches.stage(update).plan
-        steps = range(plan.gradient_accumulation_steps)
-        dealt = (batches.micro_batch(update, step, rank) for rank in range(plan.world_size) for step in steps)
-        hash_update(digest, dealt, plan.global_batch_size, batches.pad_id)
+    for step in map(at, range(first_step, stop_step)):
+        plan = batches.stage_at(step).plan
+        micro_steps = range(plan.gradient_accumulation_steps)
+        dealt = (batches.micro_batch(step, micro_step, rank) for rank in range(plan.world_size) for micro_step in micro_steps)
+        hash_step(digest, dealt, plan.global_batch_size, batches.pad_id)
     return digest.hexdigest()
 
 
-def hash_update(digest: Any, dealt: Iterable[Batch], global_batch_size: int, pad_id: int) -> None:
-    """Add an update's rows to a hash: ids without padding, masked positions and labels.
+def hash_step(digest: Any, dealt: Iterable[Batch], global_batch_size: int, pad_id: int) -> None:
+    """Add a step's rows to a hash: ids without padding, masked positions and labels.
 
     Args:
         dealt: the micro-batches of all ranks in the order of their rows: by rank, then by micro-step.

@@ -50,23 +50,23 @@ _PREFETCHED = 4  # micro-batches that a worker makes ahead
 def stream(
     batches: Batches,
     rank: int,
-    first_update: int,
-    total_updates: int,
+    first_step: int,
+    max_steps: int,
     workers: int,
     *,
-    at: Callable[[int], int] = lambda update: update,
+    at: Callable[[int], int] = lambda step: step,
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, list[MicroBatch], float]]:
-    """Yield (update, this rank's micro-batches, seconds waited for them) from ``first_update`` on, made by any number of workers.
+    """Yield (step, this rank's micro-batches, seconds waited for them) from ``first_step`` on, made by any number of workers.
 
     Args:
-        at: which update's data an update is shown; another one's after a run has passed over some.
+        at: which step's data a step is shown; another one's after a run has skipped some.
     """
 
-    def micro_steps(update: int) -> range:
-        return range(batches.stage(at(update)).plan.gradient_accumulation_steps)
+    def micro_steps(step: int) -> range:
+        return range(batches.stage_at(at(step)).plan.gradient_accumulation_steps)
 
-    sampler = ((at(update), micro_step) for update in range(first_update, total_updates) for micro_step in micro_steps(update))
+    sampler = ((at(step), micro_step) for step in range(first_step, max_steps) for micro_step in micro_steps(step))
     loader = DataLoader(
         _MicroBatches(batches, rank),
         batch_size=None,
@@ -79,19 +79,19 @@ def stream(
         pin_memory=pin_memory,
     )
     micro_batches = iter(loader)
-    for update in range(first_update, total_updates):
+    for step in range(first_step, max_steps):
         start = time.perf_counter()
         found = []
-        for _ in micro_steps(update):
+        for _ in micro_steps(step):
             made = next(micro_batches)
             if isinstance(made, UserError):
                 raise made
             found.append(made)
-        yield update, found, time.perf_counter() - start
+        yield step, found, time.perf_counter() - start
 
 
 class _MicroBatches(Dataset[MicroBatch | UserError]):
-    """A rank's micro-batches by update and micro-step, so that a data loader's workers can make any of them.
+    """A rank's micro-batches by step and micro-step, so that a data loader's workers can make any of them.
 
     What a user can put right is returned and not raised: a worker would make its traceback part of the message.
     """
@@ -115,17 +115,17 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
 class Prefetcher:
     """Has the shards that a rank will read from fetched to this node before it does, where they come from a URL."""
 
-    def __init__(self, data: Data, batches: Batches, rank: int, first_update: int, *, updates_ahead: int = 256) -> None:
-        self.shards, self.batches, self.rank, self.stop_update = data.shards, batches, rank, data.total_updates
-        self.updates_ahead, self.looked_at = updates_ahead, first_update
-        self.wanted: deque[list[int]] = deque(maxlen=updates_ahead)  # by update
+    def __init__(self, data: Data, batches: Batches, rank: int, first_step: int, *, steps_ahead: int = 256) -> None:
+        self.shards, self.batches, self.rank, self.stop_step = data.shards, batches, rank, data.max_steps
+        self.steps_ahead, self.looked_at = steps_ahead, first_step
+        self.wanted: deque[list[int]] = deque(maxlen=steps_ahead)  # by step
 
-    def advance(self, update: int) -> None:
-        """Look as far ahead of an update as is allowed, and ask for what has not been asked for."""
+    def advance(self, step: int) -> None:
+        """Look as far ahead of a step as is allowed, and ask for what has not been asked for."""
         if self.shards.cache is None:
             return
         before = set(itertools.chain(*self.wanted))
-        while self.looked_at < min(update + self.updates_ahead, self.stop_update):
+        while self.looked_at < min(step + self.steps_ahead, self.stop_step):
             self.wanted.append(self.batches.shards(self.looked_at, self.rank))
             self.looked_at += 1
         wanted = list(dict.fromkeys(itertools.chain(*self.wanted)))

@@ -13,9 +13,9 @@ from kantai.data import rng
 Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
 UInt8s = npt.NDArray[np.uint8]
-IGNORED_LABEL = -100  # PyTorch's cross-entropy passes over it
+IGNORED_LABEL = -100  # PyTorch's cross-entropy skips it
 MEAN_SPAN_WORDS = 3.8  # SpanBERT's: a geometric distribution of p = 0.2, clipped at 10
-MOST_WORD_TOKENS = 8  # a longer word is masked in pieces, so that few slots are kept free for the word that passes the row's share
+MAX_WORD_TOKENS = 8  # a longer word is masked in pieces, so that few slots are kept free for the word that passes the row's share
 _SCHEDULED_MULTIPLE_OF = 8  # slots, so that a changing ratio gives few distinct shapes
 # What a token begins with, and what may go on where it ends; 0: nothing, it stands by itself.
 _LETTER, _NUMBER, _OTHER, _WHITESPACE, _SINGLE = (1 << bit for bit in range(5))
@@ -103,37 +103,37 @@ class Masker:
     seed: int
     unit: Literal["token", "word", "span"] = "token"
     words: Words | None = None  # for the units word and span
-    final_ratio: float | None = None  # reached linearly at the last of total_updates; None: ratio throughout
-    total_updates: int = 1
+    final_ratio: float | None = None  # reached linearly at the last of max_steps; None: ratio throughout
+    max_steps: int = 1
 
-    def ratio_at(self, update: int) -> float:
-        """Share of the tokens that is hidden in an update, counted from 0."""
+    def ratio_at(self, step: int) -> float:
+        """Share of the tokens that is hidden in a step, counted from 0."""
         if self.final_ratio is None:
             return self.ratio
-        done = min(1.0, update / max(1, self.total_updates - 1))
+        done = min(1.0, step / max(1, self.max_steps - 1))
         return (1 - done) * self.ratio + done * self.final_ratio
 
-    def slots(self, length: int, update: int) -> int:
+    def slots(self, length: int, step: int) -> int:
         """Room for the masked tokens of a row of ``length`` tokens, the first of which is ``<s>``."""
-        slots = _most(self.ratio_at(update), length) + (MOST_WORD_TOKENS - 1 if self.unit == "word" else 0)
+        slots = _most(self.ratio_at(step), length) + (MAX_WORD_TOKENS - 1 if self.unit == "word" else 0)
         if self.final_ratio is not None:
             slots = -(-slots // _SCHEDULED_MULTIPLE_OF) * _SCHEDULED_MULTIPLE_OF
         return min(slots, length)
 
-    def __call__(self, rows: Int64s, epochs: Int64s, samples: Int64s, update: int) -> MaskedRows:
-        """Mask rows, each by itself: a pure function of the row, its epoch and sample id, the seed and the update's ratio.
+    def __call__(self, rows: Int64s, epochs: Int64s, samples: Int64s, step: int) -> MaskedRows:
+        """Mask rows, each by itself: a pure function of the row, its epoch and sample id, the seed and the step's ratio.
 
         Args:
             rows: ids, [rows, length], the first of each ``<s>``; special tokens and padding are never masked.
             epochs: of each row, [rows].
             samples: sample id of each row, [rows].
-            update: counted from 0; decides the ratio.
+            step: counted from 0; decides the ratio.
         """
         keys = rng.bits(rng.fold(self.seed, epochs, samples), np.arange(5)[:, None])
         count_key, place_key, kind_key, word_key, cut_key = keys
         ordinary = ~np.isin(rows, self.special_ids)
         starts = ordinary if self.unit == "token" else self._unit_starts(rows, ordinary, cut_key)
-        units, taken = self._choose(starts, ordinary, self.ratio_at(update), place_key, rng.uniform(count_key)[:, None])
+        units, taken = self._choose(starts, ordinary, self.ratio_at(step), place_key, rng.uniform(count_key)[:, None])
 
         # From here on one entry a masked token.
         taken_of_row = taken.sum(1)
@@ -148,7 +148,7 @@ class Masker:
 
         input_ids = rows.copy()
         input_ids[row, position] = shown
-        filled = np.arange(self.slots(rows.shape[1], update)) < taken_of_row[:, None]
+        filled = np.arange(self.slots(rows.shape[1], step)) < taken_of_row[:, None]
         positions, labels = np.zeros(filled.shape, np.int64), np.full(filled.shape, IGNORED_LABEL)
         positions[filled], labels[filled] = position, hidden
         return MaskedRows(input_ids, positions, labels)
@@ -185,7 +185,7 @@ class Masker:
             starts &= cut
         else:
             first = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
-            starts |= (places - first) % MOST_WORD_TOKENS == 0
+            starts |= (places - first) % MAX_WORD_TOKENS == 0
         return starts & ordinary
 
 

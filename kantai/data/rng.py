@@ -48,6 +48,6 @@ def below(random_bits: UInt64s, bound: int) -> npt.NDArray[np.int64]:
     return (((random_bits >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
-def dropout_seed(seed: int, update: int, micro_step: int, rank: int) -> int:
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """The seed of torch's generators for one micro-step, so that no generator state is ever saved."""
-    return int(fold(seed, update, micro_step, rank)[0] >> np.uint64(1))
+    return int(fold(seed, step, micro_step, rank)[0] >> np.uint64(1))

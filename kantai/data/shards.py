@@ -18,14 +18,14 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from kantai.errors import UserError
-from kantai.storage.atomic import MANIFEST, Damaged, parse_manifest, record, replaced, verify
+from kantai.storage.atomic import MANIFEST, Damaged, manifest_entry, parse_manifest, replaced, verify
 from kantai.storage.remote_cache import Cache, RemoteFile
 
 Int64s = npt.NDArray[np.int64]
 SPLITS = ("train", "held_out")
 SHARD_TOKENS = 1 << 25
 TOKEN_COUNTS = "token_counts.npy"
-_MOST_UINT16_IDS = 1 << 16
+_MAX_UINT16_IDS = 1 << 16
 _OPEN_AT_ONCE = 512
 _QUICKLY_HASHED_BYTES = 1 << 32
 _WRITE_AGAIN = "write them again with scripts/tokenize_corpus.py"
@@ -203,12 +203,12 @@ def write_shard(path: Path, tokens: npt.NDArray[Any], lengths: Int64s) -> dict[s
     with replaced(path) as partial:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
-        return {"file": path.name, "documents": len(lengths), "tokens": len(tokens), **record(partial)}
+        return {"file": path.name, "documents": len(lengths), "tokens": len(tokens), **manifest_entry(partial)}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """What holds the ids of a vocabulary: two bytes up to 65,536 entries, else four."""
-    return np.dtype(np.uint16 if vocab_size <= _MOST_UINT16_IDS else np.uint32)
+    return np.dtype(np.uint16 if vocab_size <= _MAX_UINT16_IDS else np.uint32)
 
 
 def map_shard(file: BinaryIO) -> Shard:

@@ -1,7 +1,7 @@
 """Which sample comes when? A stateless shuffle: the n-th sample of a run is computed, not looked up.
 
 A Feistel network permutes [0, 2^k) and cycle walking restricts it to [0, samples) (Black, Rogaway: Ciphers with Arbitrary Finite
-Domains, 2002). It needs no memory and no history, so that resuming at update 10^6 costs what starting costs.
+Domains, 2002). It needs no memory and no history, so that resuming at step 10^6 costs what starting costs.
 """
 
 from dataclasses import dataclass

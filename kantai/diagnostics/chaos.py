@@ -2,7 +2,7 @@
 
 Each time it is started anew, by scripts/pretrain.py in real processes; they are forked from this one, which has imported what they need, so
 that a start takes a second. When it has come to its end it must have the weights and moments of an undisturbed run, to the last bit, and
-the loss of every update once: then no sample was lost, and none shown twice.
+the loss of every step once: then no sample was lost, and none shown twice.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ _ROOT = Path(__file__).parents[2]
 _SECONDS_TO_END = 120.0
 _SIZES = [
     "--data.seq_len=32", "--model.hidden_size=32", "--model.num_hidden_layers=2", "--model.num_attention_heads=2",
-    "--model.intermediate_size=64", "--batch.global_batch_size=8", "--batch.micro_batch_size=2", "--optimizer.warmup_updates=1",
-    "--training.total_updates=40", "--checkpoint.every_updates=3", "--checkpoint.keep=3", "--evaluation.max_sequences=4",
-    "--evaluation.every_updates=20", "--failures.hang_seconds=60",
+    "--model.intermediate_size=64", "--batch.global_batch_size=8", "--batch.micro_batch_size=2", "--optimizer.warmup_steps=1",
+    "--training.max_steps=40", "--checkpoint.every_steps=3", "--checkpoint.keep=3", "--evaluation.max_sequences=4",
+    "--evaluation.every_steps=20", "--failures.hang_seconds=60",
 ]  # fmt: skip
-# Of which update's data the last rank's loss is NaN, in the undisturbed run as well. Three in a row are gone back over.
+# Of which step's data the last rank's loss is NaN, in the undisturbed run as well. Three in a row are gone back over.
 _BAD_DATA = (7, 19, 28, 29, 30, 37)
-_MOST_STARTS = 100  # of one run
+_MAX_STARTS = 100  # of one run
 KILLS = ("any moment", "within a save", "within a prune", "after a save", "one rank")
 CORRUPTIONS = ("bit flipped", "file truncated", "file removed", "manifest truncated", "bit of the manifest flipped")
 
@@ -122,15 +122,15 @@ def chaos(work: Path, kills: int, corruptions: int, ranks: int, seed: int) -> bo
             random_numbers = random.Random(f"{seed} {tally.starts}")
             corrupts = tally.corruptions.total() < corruptions
             _disturb(target, tally, random_numbers, tally.kills.total() < kills or corrupts, corrupts)
-            if CheckpointStore(work / "disturbed").updates()[-1:] == CheckpointStore(reference).updates()[-1:]:
+            if CheckpointStore(work / "disturbed").steps()[-1:] == CheckpointStore(reference).steps()[-1:]:
                 tally.runs += 1
                 tally.undetected += len(tally.unseen)
                 tally.unseen, tally.starts_of_this_run = [], 0
                 tally.different += not _same(work / "disturbed", reference)
                 (work / "disturbed").rename(work / "removed")
                 shutil.rmtree(work / "removed")
-            elif tally.starts_of_this_run == _MOST_STARTS:
-                raise UserError(f"{_MOST_STARTS} starts did not bring {target.run} to its end: see {target.log}")
+            elif tally.starts_of_this_run == _MAX_STARTS:
+                raise UserError(f"{_MAX_STARTS} starts did not bring {target.run} to its end: see {target.log}")
             tally.save(work / "tally.json")
             bar.update(min(kills, tally.kills.total()) + min(corruptions, tally.corruptions.total()) - bar.n)
     print(tally.report(), flush=True)
@@ -156,10 +156,10 @@ def _disturb(target: _Target, tally: Tally, random_numbers: random.Random, kills
     tally.starts += 1
     tally.starts_of_this_run += 1
     store = CheckpointStore(target.run)
-    if corrupts and not tally.unseen and len(store.updates()) > 1 and random_numbers.random() < 0.5:
+    if corrupts and not tally.unseen and len(store.steps()) > 1 and random_numbers.random() < 0.5:
         what = random_numbers.choice(CORRUPTIONS)
-        tally.unseen = [store.updates()[-1]]
-        _corrupt(store.path(store.updates()[-1]), what, random_numbers)
+        tally.unseen = [store.steps()[-1]]
+        _corrupt(store.path(store.steps()[-1]), what, random_numbers)
         tally.corruptions[what] += 1
     no_space = random_numbers.random() < 0.05
     start = _Start(target, random_numbers.randrange(100_000) if no_space else None)
@@ -172,11 +172,11 @@ def _disturb(target: _Target, tally: Tally, random_numbers: random.Random, kills
     elif start.end() != 0:
         tally.failed += 1
         shutil.copy(target.log, target.run.with_suffix(f".failed-{tally.failed}.log"))
-    for update in list(tally.unseen):  # a start that was killed before it looked leaves it to the next
-        said = f"checkpoint {update} is damaged" in start.log()
-        if not said and _is_damaged(store.path(update)):
+    for step in list(tally.unseen):  # a start that was killed before it looked leaves it to the next
+        said = f"checkpoint {step} is damaged" in start.log()
+        if not said and _is_damaged(store.path(step)):
             continue
-        tally.unseen.remove(update)
+        tally.unseen.remove(step)
         tally.detected += said
         tally.undetected += not said
 
@@ -258,11 +258,11 @@ class _Start:
 
     def kill_at(self, moment: str, store: CheckpointStore, random_numbers: random.Random) -> bool:
         """Kill at a moment, or let it end where that does not come; whether it was killed."""
-        before = store.updates()
+        before = store.steps()
         moments: dict[str, Callable[[], bool]] = {
-            "within a save": lambda: _exists(store.folder, ".attempt-*/update-*/state-*"),
+            "within a save": lambda: _exists(store.folder, ".attempt-*/step-*/state-*"),
             "within a prune": lambda: _exists(store.folder, ".attempt-*/pruned-*"),
-            "after a save": lambda: store.updates() != before,
+            "after a save": lambda: store.steps() != before,
         }
         deadline = time.monotonic() + random_numbers.uniform(0, 6)
         has_come = moments.get(moment, lambda: time.monotonic() > deadline)
@@ -293,16 +293,16 @@ def _poison() -> None:
     """Make this rank's loss NaN on some data."""
     from kantai.training.trainer import Run
 
-    real = Run.update
+    real = Run.train_step
 
-    def poisoned(self: Run, update: int, *rest: Any) -> Any:
-        factor = float("nan") if self.passed_over.data_update(update) in _BAD_DATA else 1.0
+    def poisoned(self: Run, step: int, *rest: Any) -> Any:
+        factor = float("nan") if self.skipped_data.data_step(step) in _BAD_DATA else 1.0
         hook = self.engine.raw_model.register_forward_hook(lambda *call: (call[-1][0] * factor, call[-1][1]))
-        outcome = real(self, update, *rest)
+        result = real(self, step, *rest)
         hook.remove()
-        return outcome
+        return result
 
-    setattr(Run, "update", poisoned)  # noqa: B010  # a method of another type, for mypy
+    setattr(Run, "step", poisoned)  # noqa: B010  # a method of another type, for mypy
 
 
 def _corrupt(folder: Path, what: str, random_numbers: random.Random) -> None:
@@ -318,14 +318,14 @@ def _corrupt(folder: Path, what: str, random_numbers: random.Random) -> None:
 
 
 def _same(run: Path, reference: Path) -> bool:
-    """Whether two finished runs have the same last checkpoint, logged the same, each update once, and passed over the same data."""
-    last = [verify(CheckpointStore(each).path(CheckpointStore(each).updates()[-1]))["files"] for each in (run, reference)]
-    passed_over = [(each / "passed_over.jsonl").read_text(encoding="utf-8") for each in (run, reference)]
-    return last[0] == last[1] and _losses(run) == _losses(reference) and passed_over[0] == passed_over[1]
+    """Whether two finished runs have the same last checkpoint, logged the same, each step once, and skipped the same data."""
+    last = [verify(CheckpointStore(each).path(CheckpointStore(each).steps()[-1]))["files"] for each in (run, reference)]
+    skipped_data = [(each / "skipped_data.jsonl").read_text(encoding="utf-8") for each in (run, reference)]
+    return last[0] == last[1] and _losses(run) == _losses(reference) and skipped_data[0] == skipped_data[1]
 
 
 def _losses(run: Path) -> list[tuple[int, float]]:
-    return [(record["update"], record["train/loss"]) for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
+    return [(record["step"], record["train/loss"]) for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
 
 
 def _prepare(work: Path) -> list[str]:

@@ -81,7 +81,7 @@ def run_gib(config: Config) -> float:
     return 12 * parameters * (config.checkpoint.keep + 1) / GIB
 
 
-def look(node: str, run_dir: Path, scratch: Path) -> Facts:
+def inspect_node(node: str, run_dir: Path, scratch: Path) -> Facts:
     """What this node says of itself, but for what needs the others."""
     run_dir = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     gpus, errors = _gpus()
@@ -101,7 +101,7 @@ def look(node: str, run_dir: Path, scratch: Path) -> Facts:
     )
 
 
-def meet(facts: Facts, nodes: Sequence[str], number: int, address: str, port: int) -> list[Facts]:
+def exchange(facts: Facts, nodes: Sequence[str], number: int, address: str, port: int) -> list[Facts]:
     """Exchange facts with the other nodes, their clocks and what they see of each other's files among them.
 
     Args:
@@ -199,7 +199,7 @@ def fatal_xids(kernel_log: str) -> list[str]:
     return sorted({f"XID {number} of GPU {gpu}" for gpu, number in found if int(number) in FATAL_XIDS})
 
 
-def place() -> tuple[int, str, int]:
+def rendezvous() -> tuple[int, str, int]:
     """This node's number, and address and port of the first, as SLURM and slurm/pretrain.sbatch say; alone without them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Do the promises hold here? Some updates of a user's run on the user's own machines, dealt in every way, and compared.
+"""Do the promises hold here? Some steps of a user's run on the user's own machines, dealt in every way, and compared.
 
 What they are compared with is not the engine: plain PyTorch in one process that computes whole batches, and plain DDP.
 """
@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kantai.checkpoint.state import load_weights
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.config.schema import Config
 from kantai.data.dataset import Data, open_data
-from kantai.data.inspect import hash_stream, hash_update
+from kantai.data.inspect import hash_step, hash_stream
 from kantai.data.loader import MicroBatch, stream
 from kantai.data.masking import IGNORED_LABEL
 from kantai.distributed.engine import Engine
@@ -40,7 +40,7 @@ from kantai.optim.optimizer import build_optimizer
 from kantai.storage.atomic import replaced
 from kantai.training.run_dir import RunDir
 
-_MOST_ROWS = 8  # of a micro-batch, however many fit: what is proven does not depend on it
+_MAX_ROWS = 8  # of a micro-batch, however many fit: what is proven does not depend on it
 # Largest relative difference between two ways to add up the same batch, of a loss and of a gradient norm. fp32: sums in another order,
 # 1e-6 each, amplified by some optimizer steps. fp16 and bf16 round products to 11 and 8 bits, and another shape may be computed by another
 # kernel: on CPU, 4e-5 and 4e-4 of the loss were seen, and 5e-4 and 4e-3 of the norm.
@@ -68,7 +68,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Trace:
-    """What some updates came to."""
+    """What some steps came to."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -79,36 +79,36 @@ class Trace:
         yield Finding(promise, f"gradient norm: {compared}", _relative(self.grad_norms, other.grad_norms), tolerances[1])
 
 
-def certify(config: Config, place: Place, data: Data, updates: int, output: Path) -> bool:
+def certify(config: Config, rank_info: RankInfo, data: Data, steps: int, output: Path) -> bool:
     """Compare everything on all ranks, print a table, and write a certificate.
 
     Args:
-        updates: of each comparison.
+        steps: of each comparison.
         output: the certificate; checkpoints lie beside it for a while, so all nodes must see its folder.
 
     Returns:
         Whether all promises hold.
     """
-    rows = min(config.batch.micro_batch_size, _MOST_ROWS)
+    rows = min(config.batch.micro_batch_size, _MAX_ROWS)
     small = config.model_copy(
         update={
             "stages": [],
             # Two micro-steps a rank, and the last row of the last is empty.
-            "batch": config.batch.model_copy(update={"global_batch_size": 2 * rows * place.world_size - 1, "micro_batch_size": rows}),
+            "batch": config.batch.model_copy(update={"global_batch_size": 2 * rows * rank_info.world_size - 1, "micro_batch_size": rows}),
             "model": config.model.model_copy(update={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
         }
     )
-    here = _Here(place, dataclasses.replace(data, config=small), updates)
-    if place.is_main:
-        print(f"{place.world_size} ranks; {small.batch.global_batch_size} sequences an update, {updates} updates, without dropout\n")
+    here = _Here(rank_info, dataclasses.replace(data, config=small), steps)
+    if rank_info.is_main:
+        print(f"{rank_info.world_size} ranks; {small.batch.global_batch_size} sequences a step, {steps} steps, without dropout\n")
         print("| promise | compared | difference | allowed | holds |\n|---|---|---|---|---|", flush=True)
     findings, folder = [], None
     try:
-        folder = Path(here.engine.from_main(tempfile.mkdtemp(prefix=".verify-", dir=output.parent) if place.is_main else ""))
+        folder = Path(here.engine.from_main(tempfile.mkdtemp(prefix=".verify-", dir=output.parent) if rank_info.is_main else ""))
         for found in _findings(here, data, folder):
             finding = dataclasses.replace(found, difference=max(here.engine.from_all(found.difference), key=_or_infinite))
             findings.append(finding)
-            if place.is_main:
+            if rank_info.is_main:
                 answer = "yes" if finding.holds else "NO"
                 print(
                     f"| {finding.promise} | {finding.compared} | {finding.difference:.1e} | {finding.tolerance:.0e} | {answer} |",
@@ -116,10 +116,10 @@ def certify(config: Config, place: Place, data: Data, updates: int, output: Path
                 )
         here.engine.wait_for_all()
     finally:
-        if place.is_main and folder is not None:
+        if rank_info.is_main and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     certificate = _certificate(data, here, findings)
-    if place.is_main:
+    if rank_info.is_main:
         with replaced(output) as partial:
             partial.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
         print(f"\n{'All promises hold here.' if certificate['holds'] else 'A PROMISE DOES NOT HOLD HERE.'} Written to {output}", flush=True)
@@ -130,33 +130,33 @@ def certify(config: Config, place: Place, data: Data, updates: int, output: Path
 class _Here:
     """An engine for the batches of a config, with the run's first weights."""
 
-    def __init__(self, place: Place, data: Data, updates: int) -> None:
+    def __init__(self, rank_info: RankInfo, data: Data, steps: int) -> None:
         gc.collect()  # an engine that nobody needs any more refers to itself, and holds its memory until then
-        self.place, self.data, self.updates = place, data, updates
+        self.rank_info, self.data, self.steps = rank_info, data, steps
         self.precision = data.config.training.precision
         self.model = build_model(data.config, data.vocabulary)
-        self.engine = Engine(data.config, place, self.model)
+        self.engine = Engine(data.config, rank_info, self.model)
 
     def again(self, micro_batch_size: int | None = None) -> "_Here":
         """A fresh one, perhaps with other micro-batches."""
         batch = self.data.config.batch
         batch = batch.model_copy(update={"micro_batch_size": micro_batch_size or batch.micro_batch_size})
         config = self.data.config.model_copy(update={"batch": batch})
-        return _Here(self.place, dataclasses.replace(self.data, config=config), self.updates)
+        return _Here(self.rank_info, dataclasses.replace(self.data, config=config), self.steps)
 
-    def train(self, first_update: int = 0) -> Trace:
-        """Updates by the engine."""
-        batches, trace = self.data.training_batches(self.place.world_size), Trace([], [])
+    def train(self, first_step: int = 0) -> Trace:
+        """Steps by the engine."""
+        batches, trace = self.data.training_batches(self.rank_info.world_size), Trace([], [])
         rate, workers = self.data.config.optimizer.learning_rate, self.data.config.data.workers
-        for update, dealt, _ in stream(batches, self.place.rank, first_update, first_update + self.updates, workers):
-            outcome = self.engine.update(update, dealt, rate)
-            trace.losses.append(outcome.loss)
-            trace.grad_norms.append(outcome.grad_norm)
+        for step, dealt, _ in stream(batches, self.rank_info.rank, first_step, first_step + self.steps, workers):
+            result = self.engine.train_step(step, dealt, rate)
+            trace.losses.append(result.loss)
+            trace.grad_norms.append(result.grad_norm)
         return trace
 
     def save(self, folder: Path) -> Path:
         """A checkpoint's state."""
-        if self.place.is_main:
+        if self.rank_info.is_main:
             folder.mkdir()
         self.engine.wait_for_all()
         self.engine.save_state(folder)
@@ -164,29 +164,29 @@ class _Here:
 
 
 def _findings(here: _Here, users: Data, folder: Path) -> Iterator[Finding]:
-    tolerances, place = TOLERANCES[here.precision], here.place
+    tolerances, rank_info = TOLERANCES[here.precision], here.rank_info
     yield _stream(here, users)
     trace = here.train()
     saved = here.save(folder / "saved")
     yield from _plain(here, 1).against(trace, "true loss", "one process alone with plain PyTorch", tolerances)
-    if place.world_size > 1:
-        yield from _plain(here, place.world_size).against(trace, "true loss", "plain DDP", tolerances)
+    if rank_info.world_size > 1:
+        yield from _plain(here, rank_info.world_size).against(trace, "true loss", "plain DDP", tolerances)
     rows = here.data.config.batch.micro_batch_size
     most = users.config.batch.micro_batch_size  # that fit
     for size in sorted({1, -(-rows // 2), min(2 * rows, most)} - {rows}):
         other = here.again(size)
-        plan = other.data.training_batches(place.world_size).stage(0).plan
+        plan = other.data.training_batches(rank_info.world_size).stage_at(0).plan
         compared = f"{plan.gradient_accumulation_steps} micro-steps of {plan.micro_batch_size} rows, {plan.empty_rows} in all empty"
         found = other.train()
         other.engine.release()
         del other  # before there is another one
         yield from found.against(trace, "true loss", compared, tolerances)
 
-    straight, resumed = here.train(here.updates), here.again()
+    straight, resumed = here.train(here.steps), here.again()
     resumed.engine.load_state(saved)
     # Kernels on GPUs may add up in another order each time.
     same = (0.0, 0.0) if here.engine.device.type == "cpu" else tolerances
-    yield from resumed.train(here.updates).against(straight, "nothing lost", "straight on, and saved and resumed", same)
+    yield from resumed.train(here.steps).against(straight, "nothing lost", "straight on, and saved and resumed", same)
     state = here.save(folder / "straight")
     difference = of_states(state, resumed.save(folder / "resumed"), with_rounding=same[1] == 0)
     yield Finding("nothing lost", "weights and moments afterwards", difference, same[1])
@@ -195,18 +195,18 @@ def _findings(here: _Here, users: Data, folder: Path) -> Iterator[Finding]:
 
 def _stream(here: _Here, users: Data) -> Finding:
     """What the user's own run deals to all ranks, against what one rank would be dealt."""
-    place, digest = here.place, hashlib.sha256()
-    batches = users.training_batches(place.world_size)
-    for update, mine, _ in stream(batches, place.rank, 0, here.updates, users.config.data.workers):
+    rank_info, digest = here.rank_info, hashlib.sha256()
+    batches = users.training_batches(rank_info.world_size)
+    for step, mine, _ in stream(batches, rank_info.rank, 0, here.steps, users.config.data.workers):
         of_ranks = here.engine.from_all([micro_batch.batch for micro_batch in mine])
         dealt = (batch for of_rank in of_ranks for batch in of_rank)
-        hash_update(digest, dealt, batches.stage(update).plan.global_batch_size, batches.pad_id)
-    expected = hash_stream(users.training_batches(1), 0, here.updates)
+        hash_step(digest, dealt, batches.stage_at(step).plan.global_batch_size, batches.pad_id)
+    expected = hash_stream(users.training_batches(1), 0, here.steps)
     return Finding("world-free", "SHA-256 of what all ranks are shown, and one alone", float(digest.hexdigest() != expected), 0.0)
 
 
 def _plain(here: _Here, world_size: int) -> Trace:
-    """The updates without the engine: in a world of one on every rank, which then compute the same; else by PyTorch's DDP."""
+    """The steps without the engine: in a world of one on every rank, which then compute the same; else by PyTorch's DDP."""
     gc.collect()
     settings, device, trace = here.data.config.optimizer, here.engine.device, Trace([], [])
     raw = build_model(here.data.config, here.data.vocabulary).to(device)
@@ -215,15 +215,15 @@ def _plain(here: _Here, world_size: int) -> Trace:
     optimizer, batches = build_optimizer(raw, settings), here.data.training_batches(world_size)
     scale = _LOSS_SCALE if here.precision == "fp16" else 1.0
     model.train()
-    for update in range(here.updates):
-        steps = range(batches.stage(update).plan.gradient_accumulation_steps)
-        dealt = [batches.micro_batch(update, step, here.place.rank if world_size > 1 else 0) for step in steps]
+    for step in range(here.steps):
+        micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
+        dealt = [batches.micro_batch(step, micro_step, here.rank_info.rank if world_size > 1 else 0) for micro_step in micro_steps]
         loss_sum, masked = torch.zeros(2, device=device)
         masked += sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in dealt)
         if world_size > 1:
             torch.distributed.all_reduce(masked)
-        for step, batch in enumerate(dealt):
-            with model.no_sync() if world_size > 1 and step < len(dealt) - 1 else contextlib.nullcontext():
+        for micro_step, batch in enumerate(dealt):
+            with model.no_sync() if world_size > 1 and micro_step < len(dealt) - 1 else contextlib.nullcontext():
                 loss, _ = model(**MicroBatch(batch).on(device))
                 (loss * (scale * world_size / masked)).backward()  # DDP averages over ranks
             loss_sum += loss.detach()
@@ -262,19 +262,19 @@ def of_states(one: Path, other: Path, *, with_rounding: bool) -> float:
 @torch.no_grad()
 def _of_logits(here: _Here, state: Path, output: Path) -> float:
     """Largest difference between a logit of the engine's model and of the exported one, on one held-out sequence."""
-    batches, _ = here.data.held_out_batches(here.data.training_batches(1).stage(0).plan)
+    batches, _ = here.data.held_out_batches(here.data.training_batches(1).stage_at(0).plan)
     ids = torch.from_numpy(batches.micro_batch(0, 0, 0).input_ids[:1])
     ids = ids[:, ids[0] != here.data.vocabulary.pad_id]
     precision, here.model.compute_dtype = here.model.compute_dtype, torch.float32
     here.engine.model.eval()
     trained: Tensor = here.engine.model(ids.to(here.engine.device)).logits.cpu()
     here.model.compute_dtype = precision
-    if not here.place.is_main:
+    if not here.rank_info.is_main:
         return 0.0
     # In a process of its own, as a user would: in this one, under ZeRO-3, transformers would have all ranks load a part.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
-            loaded = process.submit(_exported, here.data.config, 2 * here.updates, state, output, ids).result()
+            loaded = process.submit(_exported, here.data.config, 2 * here.steps, state, output, ids).result()
         except UserError as error:
             print(error, flush=True)
             return math.inf
@@ -282,13 +282,13 @@ def _of_logits(here: _Here, state: Path, output: Path) -> float:
 
 
 @torch.no_grad()
-def _exported(config: Config, update: int, state: Path, output: Path, ids: Tensor) -> Tensor:
+def _exported(config: Config, step: int, state: Path, output: Path, ids: Tensor) -> Tensor:
     """Export the weights of a checkpoint, and return the logits of what transformers loads."""
     transformers.utils.logging.disable_progress_bar()
     data = open_data(config, hashes=False)
     model = build_model(config, data.vocabulary)
     load_weights(model, state)
-    export(RunDir(output, config, data), model, update, output)
+    export(RunDir(output, config, data), model, step, output)
     logits: Tensor = transformers.RobertaForMaskedLM.from_pretrained(output).eval()(ids).logits
     return logits
 
@@ -297,12 +297,12 @@ def _certificate(users: Data, here: _Here, findings: Sequence[Finding]) -> dict[
     return {
         "holds": all(finding.holds for finding in findings),
         "findings": [{**dataclasses.asdict(finding), "holds": finding.holds} for finding in findings],
-        "world_size": here.place.world_size,
+        "world_size": here.rank_info.world_size,
         "backend": here.engine.backend_name,
         "devices": here.engine.from_all(_device(here.engine.device)),
         "precision": here.precision,
-        "updates": here.updates,
-        "stream_sha256": hash_stream(users.training_batches(1), 0, here.updates),
+        "steps": here.steps,
+        "stream_sha256": hash_stream(users.training_batches(1), 0, here.steps),
         "lineage": RunDir(Path(users.config.run_dir), users.config, users).lineage,
     }
 

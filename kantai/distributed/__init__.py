@@ -1,1 +1,1 @@
-"""How an update is done on N ranks. The only place that knows Accelerate and DeepSpeed."""
+"""How a step is done on N ranks. The only place that knows Accelerate and DeepSpeed."""

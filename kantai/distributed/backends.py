@@ -1,4 +1,4 @@
-"""Who computes and reduces gradients, and keeps what the optimizer updates: PyTorch alone or in DDP, or DeepSpeed.
+"""Who computes and reduces gradients, and keeps what the optimizer steps: PyTorch alone or in DDP, or DeepSpeed.
 
 All offer what :class:`Torch` does. Gradients are averaged over ranks.
 """
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kantai.optim.optimizer import Held, Optimizer, Part
+from kantai.optim.optimizer import Optimizer, ParamSlice, ShardedTensor
 
 
 class Torch:
@@ -34,7 +34,7 @@ class Torch:
         torch.autograd.backward(loss * scale)
 
     def step(self, may_step: Tensor, limit: float, scale: float) -> tuple[Tensor, Tensor]:
-        """Clip and update, or leave all as it is; decided on the device, which nobody waits for.
+        """Clip and step, or leave all as it is; decided on the device, which nobody waits for.
 
         Args:
             may_step: bool; whether anything may move at all.
@@ -99,7 +99,7 @@ class DeepSpeedZero0(Torch):
 
 
 class DeepSpeedZero(DeepSpeedZero0):
-    """DeepSpeed's stages 1 to 3: what the optimizer updates are pieces of flattened parameters, different ones on every rank.
+    """DeepSpeed's stages 1 to 3: what the optimizer steps are pieces of flattened parameters, different ones on every rank.
 
     DeepSpeed's own checkpoints are tied to stage and world size and are written in place, so they are not used.
     """
@@ -110,7 +110,7 @@ class DeepSpeedZero(DeepSpeedZero0):
         self.is_stage_3 = is_stage_3
         self._parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        optimizer.held = self._held_by_stage_3() if self.is_stage_3 else self._held_by_stages_1_and_2()
+        optimizer.sharded = self._sharded_by_stage_3() if self.is_stage_3 else self._sharded_by_stages_1_and_2()
         optimizer.sum_over_ranks = lambda values: torch.as_tensor(accelerator.reduce(values.to(accelerator.device), reduction="sum"))
         optimizer.before_step = self._decide
         self._may_step, self._limit = torch.ones((), dtype=torch.bool), math.inf
@@ -149,10 +149,10 @@ class DeepSpeedZero(DeepSpeedZero0):
 
     def _decide(self) -> None:
         found_inf = (~(self._may_step & (self._norm() <= self._limit))).float()
-        self.optimizer.found_inf = found_inf.to(self.optimizer.held[0].tensor.device)  # offloaded: PyTorch would copy it without waiting
+        self.optimizer.found_inf = found_inf.to(self.optimizer.sharded[0].tensor.device)  # offloaded: PyTorch would copy it without waiting
 
-    def _held_by_stages_1_and_2(self) -> list[Held]:
-        held = []
+    def _sharded_by_stages_1_and_2(self) -> list[ShardedTensor]:
+        sharded = []
         for group, tensor, parameters in zip(
             self.optimizer.param_groups, self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True
         ):
@@ -163,21 +163,21 @@ class DeepSpeedZero(DeepSpeedZero0):
                 if mapping is not None:
                     start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                     offset = mapping.hp_fragment_address.start
-                parts.append(Part(self._names[id(parameter)], shape, start, offset, numel))
-            held.append(Held(tensor, group["kind"], parts))
-        return held
+                parts.append(ParamSlice(self._names[id(parameter)], shape, start, offset, numel))
+            sharded.append(ShardedTensor(tensor, group["kind"], parts))
+        return sharded
 
-    def _held_by_stage_3(self) -> list[Held]:
-        held = []
+    def _sharded_by_stage_3(self) -> list[ShardedTensor]:
+        sharded = []
         for number, (tensor, parameters) in enumerate(zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True)):
             parts = []
             for parameter in parameters:
                 _, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
                 start, numel = self._slice_of_stage_3(parameter)
-                parts.append(Part(self._names[id(parameter)], tuple(parameter.ds_shape), start, offset, numel))
+                parts.append(ParamSlice(self._names[id(parameter)], tuple(parameter.ds_shape), start, offset, numel))
             kind = self.optimizer.param_groups[self.zero.sub_group_to_group_id[number]]["kind"]
-            held.append(Held(tensor, kind, parts))
-        return held
+            sharded.append(ShardedTensor(tensor, kind, parts))
+        return sharded
 
     def _slice_of_stage_3(self, parameter: Any) -> tuple[int, int]:
         """Start and size of the slice of a flattened parameter that is this rank's; the last ranks' may be short or empty."""

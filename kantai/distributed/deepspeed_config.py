@@ -51,11 +51,11 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
         if config.pop(section, {}).get("enabled") is True:
             raise UserError(f"the DeepSpeed config enables {section}: leave that out; the run's training.precision decides")
     zero = config["zero_optimization"]
-    _refuse_others(config, _HARMLESS)
-    _refuse_others(zero, _HARMLESS_TO_ZERO, "zero_optimization.")
+    _refuse_unknown(config, _HARMLESS)
+    _refuse_unknown(zero, _HARMLESS_TO_ZERO, "zero_optimization.")
     for part in ("offload_optimizer", "offload_param"):
         offload = zero.get(part) or {}
-        _refuse_others(offload, _HARMLESS_TO_OFFLOAD, f"zero_optimization.{part}.")
+        _refuse_unknown(offload, _HARMLESS_TO_OFFLOAD, f"zero_optimization.{part}.")
         if offload.get("device") == "nvme":
             raise UserError(f"the DeepSpeed config has {part} on nvme, which kantai's checkpoints cannot read: use cpu or none")
     config |= {
@@ -72,6 +72,6 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
         zero["overlap_comm"] = True
 
 
-def _refuse_others(settings: dict[str, Any], harmless: set[str], prefix: str = "") -> None:
+def _refuse_unknown(settings: dict[str, Any], harmless: set[str], prefix: str = "") -> None:
     for name in sorted(settings.keys() - harmless):
         raise UserError(f"the DeepSpeed config sets {prefix}{name}, which is not known to leave the result as it is: leave that out")

@@ -1,6 +1,6 @@
-"""How is an update done on N ranks? The only place that knows Accelerate and DeepSpeed.
+"""How is a step done on N ranks? The only place that knows Accelerate and DeepSpeed.
 
-The gradient of an update is that of (sum of the masked tokens' losses over the global batch) / (number of masked tokens in it), however
+The gradient of a step is that of (sum of the masked tokens' losses over the global batch) / (number of masked tokens in it), however
 that batch is dealt over ranks and micro-steps. A mean of means over ranks would weigh a token by how few others its micro-batch has.
 """
 
@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from kantai.checkpoint.state import NUMBERS, SavedState, Snapshot
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.config.schema import Config
 from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
@@ -37,8 +37,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an update did, over all ranks."""
+class StepResult:
+    """What a step did, over all ranks."""
 
     loss: float  # nats a masked token
     accuracy: float
@@ -58,11 +58,11 @@ class Engine:
     """A model and its optimizer on all ranks, under the backend that the launcher chose.
 
     Attributes:
-        still_alive: called at every micro-step, for a watchdog.
+        heartbeat: called at every micro-step, for a watchdog.
         zero_stage: DeepSpeed's; None without DeepSpeed.
     """
 
-    def __init__(self, config: Config, place: Place, model: MaskedRoberta, timeout_seconds: float | None = None) -> None:
+    def __init__(self, config: Config, rank_info: RankInfo, model: MaskedRoberta, timeout_seconds: float | None = None) -> None:
         """Join the other ranks.
 
         Args:
@@ -71,8 +71,8 @@ class Engine:
         Raises:
             UserError: the world or the backend is not the one that the launcher announced.
         """
-        self.config, self.place = config, place
-        self.accelerator = join(place, config.optimizer.max_grad_norm, timeout_seconds)
+        self.config, self.rank_info = config, rank_info
+        self.accelerator = join(rank_info, config.optimizer.max_grad_norm, timeout_seconds)
         self.shape, self.raw_model = model.config, model
         model.compute_dtype = _DTYPES[config.training.precision]
         plugin = self.accelerator.state.deepspeed_plugin
@@ -91,7 +91,7 @@ class Engine:
         )
         self.model = self.backend.model
         self.loss_scale = LossScale(config.training.precision)
-        self.still_alive: Callable[[], None] = lambda: None
+        self.heartbeat: Callable[[], None] = lambda: None
         self._host: dict[str, Tensor] = {}
 
     @property
@@ -104,20 +104,20 @@ class Engine:
         """Where this rank computes."""
         return torch.device(self.accelerator.device)
 
-    def update(
+    def train_step(
         self,
-        update: int,
+        step: int,
         micro_batches: Sequence[MicroBatch],
         learning_rate: float,
         loss_limit: float = math.inf,
         grad_norm_limit: float = math.inf,
-    ) -> Outcome:
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step.
 
         No rank steps where the loss or the gradient norm is not finite or exceeds its limit on any rank.
 
         Args:
-            update: counted from 0; with the seed it decides dropout.
+            step: counted from 0; with the seed it decides dropout.
             micro_batches: this rank's rows; all ranks bring as many.
             loss_limit: above which nothing is updated.
             grad_norm_limit: the same for the gradient norm.
@@ -132,13 +132,13 @@ class Engine:
         self.model.train()
         sums = torch.zeros(2, device=self.device)
         for micro_step, micro_batch in enumerate(micro_batches):
-            torch.manual_seed(dropout_seed(self.config.seed, update, micro_step, self.place.rank))
+            torch.manual_seed(dropout_seed(self.config.seed, step, micro_step, self.rank_info.rank))
             with self.backend.accumulating(micro_step == len(micro_batches) - 1):
                 loss_sum, correct = self.model(**micro_batch.on(self.device))
                 # Backends average over ranks.
-                self.backend.backward(loss_sum * (self.place.world_size / total_masked), self.loss_scale.value)
+                self.backend.backward(loss_sum * (self.rank_info.world_size / total_masked), self.loss_scale.value)
             sums += torch.stack([loss_sum.detach(), correct])
-            self.still_alive()
+            self.heartbeat()
         sums = self.sum_over_ranks(sums).double() / total_masked
         scale, is_good = self.loss_scale.value, sums[0].isfinite() & (sums[0] <= loss_limit)
         grad_norm, stepped = self.backend.step(is_good, grad_norm_limit, scale)
@@ -147,7 +147,7 @@ class Engine:
         self.loss_scale.after(overflowed=overflowed)
         _, tokens, pairs = counts.long().tolist()
         flops = training_flops(self.shape, tokens, pairs, int(total_masked))
-        return Outcome(loss, correct, norm, tokens, flops, not has_stepped and not overflowed, scale)
+        return StepResult(loss, correct, norm, tokens, flops, not has_stepped and not overflowed, scale)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
@@ -155,7 +155,7 @@ class Engine:
 
     def from_main(self, value: T) -> T:
         """Rank 0's value of something picklable, on all ranks."""
-        return broadcast_object_list([value])[0] if self.place.world_size > 1 else value
+        return broadcast_object_list([value])[0] if self.rank_info.world_size > 1 else value
 
     def on_main(self, action: Callable[[], T]) -> T:
         """What an action of rank 0 comes to, on all ranks.
@@ -163,13 +163,14 @@ class Engine:
         Raises:
             UserError: it failed there; so it does everywhere, and nobody waits.
         """
-        outcome: tuple[T | None, str | None] = (None, None)
-        if self.place.is_main:
+        result: T | None = None
+        failure: str | None = None
+        if self.rank_info.is_main:
             try:
-                outcome = (action(), None)
+                result = action()
             except (UserError, OSError) as error:
-                outcome = (None, str(error))
-        result, failure = self.from_main(outcome)
+                failure = str(error)
+        result, failure = self.from_main((result, failure))
         if failure is not None:
             raise UserError(failure)
         return result  # type: ignore[return-value]
@@ -203,7 +204,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the other ranks in order."""
-        # Gloo's thread needs the GIL to let go of the last collective's tensors, and torch joins that thread with the GIL held when the
+        # Gloo's thread needs the GIL to let go of the last collective's tensors, and torch joins that thread with the GIL sharded when the
         # process group goes: a rank that is quick between the two hangs for ever (seen once in some 100 launches). Sleeping lends the GIL.
         time.sleep(_SECONDS_FOR_GLOO)
         self.accelerator.end_training()
@@ -236,13 +237,13 @@ class Engine:
         Buffers are used again: an earlier snapshot must have been written.
         """
         for number, (name, value) in enumerate(self._state()):
-            if number % self.place.world_size == self.place.rank:
+            if number % self.rank_info.world_size == self.rank_info.rank:
                 if name not in self._host:
                     self._host[name] = torch.empty(value.shape, pin_memory=value.is_cuda)
                 self._host[name].copy_(value, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        name = f"state-{self.place.rank:05d}-of-{self.place.world_size:05d}.safetensors"
+        name = f"state-{self.rank_info.rank:05d}-of-{self.rank_info.world_size:05d}.safetensors"
         return Snapshot(name, self._host, self._numbers())
 
     def save_state(self, folder: Path) -> dict[str, dict[str, Any]]:
@@ -256,20 +257,25 @@ class Engine:
             UserError: a tensor is missing, is one too many, or has another shape.
         """
         saved = SavedState(folder)
-        saved.refuse_others(
-            {_entry(part.name, key): part.shape for held in self.optimizer.held for part in held.parts for key in ("", *MOMENTS[held.kind])}
+        saved.check_shapes(
+            {
+                _entry(part.name, key): part.shape
+                for sharded in self.optimizer.sharded
+                for part in sharded.parts
+                for key in ("", *MOMENTS[sharded.kind])
+            }
         )
         try:
             numbers = json.loads(saved.metadata[NUMBERS])
-            steps, scale, good_updates = float(numbers["steps"]), float(numbers["loss_scale"]), int(numbers["good_updates"])
+            steps, scale, good_steps = float(numbers["steps"]), float(numbers["loss_scale"]), int(numbers["good_steps"])
         except (KeyError, TypeError, ValueError, ArithmeticError):
             raise UserError(f"{folder} lacks the numbers that a run goes on with: it is no checkpoint of kantai's") from None
-        self.loss_scale.value, self.loss_scale.good_updates = scale, good_updates
+        self.loss_scale.value, self.loss_scale.good_steps = scale, good_steps
         with torch.no_grad():
-            for held in self.optimizer.held:
-                moments = self.optimizer.moments(held)
-                for part in held.parts:
-                    for key, tensor in (("", held.tensor), *moments.items()):
+            for sharded in self.optimizer.sharded:
+                moments = self.optimizer.moments(sharded)
+                for part in sharded.parts:
+                    for key, tensor in (("", sharded.tensor), *moments.items()):
                         if key and not part.numel:  # another rank's
                             continue
                         name = _entry(part.name, key)
@@ -281,15 +287,15 @@ class Engine:
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight and moment, whole, by its name in a checkpoint; a collective under ZeRO."""
-        for held in self.optimizer.held:
-            for key, tensor in (("", held.tensor), *self.optimizer.moments(held).items()):
-                for part, whole in self.optimizer.whole(held, tensor.detach()):
+        for sharded in self.optimizer.sharded:
+            for key, tensor in (("", sharded.tensor), *self.optimizer.moments(sharded).items()):
+                for part, whole in self.optimizer.whole(sharded, tensor.detach()):
                     yield _entry(part.name, key), whole
 
     def _numbers(self) -> dict[str, float]:
-        """Steps that AdamW has taken, which are fewer than the updates where some were skipped, and the loss scale."""
+        """Steps that AdamW has taken, which are fewer than the steps where some were skipped, and the loss scale."""
         steps = next(state["step"] for state in self.optimizer.state.values() if "step" in state)
-        return {"steps": steps.item(), "loss_scale": self.loss_scale.value, "good_updates": self.loss_scale.good_updates}
+        return {"steps": steps.item(), "loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
 
 
 def _entry(name: str, key: str) -> str:

@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.distributed.deepspeed_config import complete
 from kantai.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def join(place: Place, max_grad_norm: float, timeout_seconds: float | None = None) -> Accelerator:
+def join(rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | None = None) -> Accelerator:
     """The accelerator of this rank.
 
     Args:
@@ -39,7 +39,7 @@ def join(place: Place, max_grad_norm: float, timeout_seconds: float | None = Non
     handlers.append(InitProcessGroupKwargs(**backend, timeout=timeout))
     # Precision is the model's own affair (autocast in its forward): so weights, moments and gradients are fp32 under every backend.
     accelerator = Accelerator(cpu=on_cpu and not deepspeed_announced(), mixed_precision="no", kwargs_handlers=handlers)
-    _refuse_other_world(accelerator, place)
+    _refuse_other_world(accelerator, rank_info)
     if deepspeed_announced():
         complete(accelerator.state.deepspeed_plugin.deepspeed_config, max_grad_norm)
     return accelerator
@@ -53,7 +53,7 @@ def deepspeed_announced() -> bool:
 def _keep_memory() -> None:
     """Have glibc keep what tensors free, for the next ones.
 
-    It gives large blocks back at once, and the kernel fills every page with zeros when it is asked for them again: a fifth of an update.
+    It gives large blocks back at once, and the kernel fills every page with zeros when it is asked for them again: a fifth of a step.
     """
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -74,15 +74,15 @@ def _quiet_deepspeed(on_cpu: bool) -> None:
         logger.setLevel("WARNING")
 
 
-def _refuse_other_world(accelerator: Accelerator, place: Place) -> None:
+def _refuse_other_world(accelerator: Accelerator, rank_info: RankInfo) -> None:
     """On CPU, Accelerate trains two independent worlds of one in several spellings, or leaves DeepSpeed out, without a word."""
-    seen, announced = (accelerator.num_processes, accelerator.process_index), (place.world_size, place.rank)
+    seen, announced = (accelerator.num_processes, accelerator.process_index), (rank_info.world_size, rank_info.rank)
     backend = accelerator.distributed_type
     if deepspeed_announced():
         expected = [DistributedType.DEEPSPEED]
     else:
         expected = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
-        if place.world_size == 1:
+        if rank_info.world_size == 1:
             expected.append(DistributedType.NO)
     if seen != announced or backend not in expected:
         raise UserError(

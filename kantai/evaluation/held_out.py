@@ -26,7 +26,7 @@ class Score:
         """Exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
-    def record(self) -> dict[str, float]:
+    def as_metrics(self) -> dict[str, float]:
         """As metrics."""
         return {"held_out/loss": self.loss, "held_out/accuracy": self.accuracy, "held_out/perplexity": self.perplexity}
 
@@ -53,7 +53,7 @@ def held_out_score(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for step in range(steps):
-        for micro_step in range(batches.stage(step).plan.gradient_accumulation_steps):
+        for micro_step in range(batches.stage_at(step).plan.gradient_accumulation_steps):
             batch = batches.micro_batch(step, micro_step, rank)
             loss_sum, correct = model(**MicroBatch(batch).on(device))
             sums += torch.tensor([loss_sum.item(), correct.item(), float((batch.labels != IGNORED_LABEL).sum())], dtype=torch.float64)

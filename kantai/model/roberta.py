@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaLMHead
 
-from kantai.config import schema as settings
+from kantai.config.schema import Config
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.tokenizer import Vocabulary
 from kantai.model.attention import ATTENTION, attend, pick
@@ -147,7 +147,7 @@ class MaskedRoberta(RobertaForMaskedLM):
         return dtype in (torch.bfloat16, torch.float16) and not dropout and head_size % 8 == 0 and head_size <= 128
 
 
-def build_model(config: settings.Config, vocabulary: Vocabulary) -> MaskedRoberta:
+def build_model(config: Config, vocabulary: Vocabulary) -> MaskedRoberta:
     """A freshly initialised model; the weights are a function of the config's seed."""
     model, seq_len = config.model, config.data.seq_len
     rounded = -(-vocabulary.size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
@@ -182,7 +182,7 @@ def _set_sinusoidal(embedding: nn.Embedding, root_mean_square: float) -> None:
 
 
 def training_flops(shape: RobertaConfig, tokens: int, attended_pairs: int, masked: int) -> int:
-    """Floating-point operations of the matrix products that one update needs, forward and backward.
+    """Floating-point operations of the matrix products that one step needs, forward and backward.
 
     Counted as 2 a multiply-add, the backward pass as twice the forward (PaLM, appendix B); embedding look-ups, norms and recomputation
     count nothing, and neither do padding and the head on positions that are not masked. The last layer counts whole: it is computed at

@@ -1,6 +1,6 @@
 """Which documents? Text, JSON lines, CSV, Parquet and data sets of the Hub, cut into lines, paragraphs, files or records.
 
-What is not as it should be is mended and counted in a :class:`Report`; nothing is lost without a word. Bytes that are not UTF-8, halves
+What is not as it should be is repaired and counted in a :class:`Report`; nothing is lost without a word. Bytes that are not UTF-8, halves
 of surrogate pairs and NUL characters become U+FFFD; more than one such document in a hundred, and the text is of another encoding, which
 is refused. A byte order mark is removed, ``\r\n`` ends a line as ``\n`` does (and nothing else does), and what is blank is no document.
 """
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from kantai.errors import UserError
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
-from kantai.preprocessing.lines import MOST_DOCUMENT_BYTES, Block, Report, check_length, mended, read_lines
+from kantai.preprocessing.lines import MAX_DOCUMENT_BYTES, Block, Report, check_length, read_lines, repaired
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-_MOST_MENDED = 0.01  # share of a piece's documents; in text of another encoding it is more
+_MAX_REPAIRED = 0.01  # share of a piece's documents; in text of another encoding it is more
 # What is held of records at once: texts of so many bytes, or one that is larger, out of so many records.
 _BATCH_BYTES, _BATCH_RECORDS = 1 << 22, 64
 
@@ -63,7 +63,7 @@ def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", 
 
     Raises:
         UserError: a file cannot be read to its end, or is not what its name says, or has no such field; a document is longer than
-            256 MiB; more than one document in a hundred of the piece had to be mended.
+            256 MiB; more than one document in a hundred of the piece had to be repaired.
     """
     read = Report()
     try:
@@ -78,7 +78,7 @@ def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", 
                 read.empty += len(texts) - len(kept)
                 read.characters += sum(map(len, kept))
                 yield from kept
-        if read.replaced > _MOST_MENDED * read.documents:
+        if read.replaced > _MAX_REPAIRED * read.documents:
             raise UserError(_wrong_encoding(read))
     finally:
         if report is not None:
@@ -141,7 +141,7 @@ def _lines(span: Span, report: Report) -> Iterator[list[str]]:
         if not block.inside:
             return
         for index in block.defects:
-            report.count_mended(block.defects_at(index))
+            report.count_repaired(block.defects_at(index))
         yield block.lines
 
 
@@ -165,14 +165,14 @@ def _paragraphs(span: Span, report: Report) -> Iterator[list[str]]:
                     defects = block.defects_at(index) | defects
             elif lines:
                 texts.append(" ".join(lines))
-                report.count_mended(defects)
+                report.count_repaired(defects)
                 lines, length, defects = [], 0, {}
             if blank and not block.inside:
                 yield texts
                 return
         check_length(length, block.place(0))
         yield texts
-    report.count_mended(defects)
+    report.count_repaired(defects)
     yield [" ".join(lines)] if lines else []
 
 
@@ -184,7 +184,7 @@ def _whole_file(span: Span, report: Report) -> Iterator[list[str]]:
         lines += block.lines
         for index in block.defects:
             defects = block.defects_at(index) | defects
-    report.count_mended(defects)
+    report.count_repaired(defects)
     yield ["\n".join(lines)]
 
 
@@ -207,15 +207,15 @@ def _json_lines(span: Span, text_field: str, report: Report) -> Iterator[list[st
                 raise UserError(_no_text(block.place(index), text_field))
             defects = block.defects_at(index)
             if text and "\\u" in line:
-                text, escaped = mended(text)
+                text, escaped = repaired(text)
                 defects |= dict.fromkeys(escaped, block.place(index)) if escaped else {}
-            report.count_mended(defects)
+            report.count_repaired(defects)
             texts.append(text or "")
         yield texts
 
 
 def _csv(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
-    csv.field_size_limit(MOST_DOCUMENT_BYTES)
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
     defects: dict[str, str] = {}
 
     def lines() -> Iterator[str]:
@@ -231,7 +231,7 @@ def _csv(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
             if text_field not in names:
                 raise UserError(_no_text(f"{span.file.path} record 1", text_field))
             place = names.index(text_field)
-            report.count_mended(defects)
+            report.count_repaired(defects)
             defects.clear()
             yield row[place : place + 1] or [""]
     except csv.Error as error:
@@ -291,8 +291,8 @@ def _columns(batches: Iterable[Any], path: str, number: int, text_field: str, re
         for value in column:
             stored, place = _stored(value), f"{path} record {number}"
             check_length(len(stored), place)
-            text, defects = mended(stored)
-            report.count_mended(dict.fromkeys(defects, place))
+            text, defects = repaired(stored)
+            report.count_repaired(dict.fromkeys(defects, place))
             texts.append(text)
             number, size = number + 1, size + len(stored)
             if size >= _BATCH_BYTES:

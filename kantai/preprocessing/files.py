@@ -25,7 +25,7 @@ COMPRESSION = 4
 _COMPRESSED = {".gz", ".xz", ".zst"}
 _HUB_SHARD_BYTES = 64 * MIB  # taken where a data set does not tell its size
 _PIECES = 64  # of a corpus of middle size; enough for the processes of a machine to share evenly
-_LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 4 * MIB, 128 * MIB
+_MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 4 * MIB, 128 * MIB
 _BUFFER_BYTES = MIB
 # Where file systems put what changes with a file's content, the best first.
 _VERSION_KEYS = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "updated", "last_commit", "created")
@@ -111,7 +111,7 @@ def cut(files: Iterable[File], *, splittable: Callable[[File], bool], piece_byte
     """
     sized = [(file, file.text_bytes) for file in files]
     if piece_bytes is None:
-        piece_bytes = min(max(sum(size for _, size in sized) // _PIECES, _LEAST_PIECE_BYTES), _MOST_PIECE_BYTES)
+        piece_bytes = min(max(sum(size for _, size in sized) // _PIECES, _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
     pieces: list[Piece] = []
     piece: list[Span] = []
     room = piece_bytes

@@ -49,7 +49,7 @@ class Job:
         spans = [(span.file.path, span.file.size, span.file.version, span.start, span.stop) for span in self.pieces[number]]
         return digest([_FORMAT, spans, self.unit, self.text_field, self.vocabulary.fingerprint, self.held_out_share, self.unique])
 
-    def record(self, number: int) -> dict[str, Any] | None:
+    def finished_piece(self, number: int) -> dict[str, Any] | None:
         """What was noted of a piece when it was done; None while it is not, or where it was made from something else."""
         try:
             found = json.loads((self.work / f"{number:06d}.json").read_text(encoding="utf-8"))
@@ -61,9 +61,9 @@ class Job:
             return None
         return dict(found) if whole else None
 
-    def doubles(self, number: int, split: str) -> Int64s:
+    def duplicates(self, number: int, split: str) -> Int64s:
         """Those documents of a piece that are in the set already and are to be left out."""
-        path = self.work / f"{number:06d}-{split}.doubles"
+        path = self.work / f"{number:06d}-{split}.duplicates"
         return np.sort(np.fromfile(path, "<u4").astype(np.int64)) if self.unique and path.exists() else np.zeros(0, np.int64)
 
     def shard(self, name: str) -> Path:

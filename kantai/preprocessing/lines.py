@@ -1,4 +1,4 @@
-"""Which lines does a part of a file have, and what had to be mended in them?"""
+"""Which lines does a part of a file have, and what had to be repaired in them?"""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from kantai.errors import UserError
 
-MOST_DOCUMENT_BYTES = 1 << 28
+MAX_DOCUMENT_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 18  # the text of a block stays in the processor's cache
 _TAIL_BYTES = 1 << 16  # read at a time where only the rest of a line or paragraph is wanted
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -53,7 +53,7 @@ class Report:
         setattr(self, name, getattr(self, name) + times)
         self.first.setdefault(name, place)
 
-    def count_mended(self, defects: dict[str, str]) -> None:
+    def count_repaired(self, defects: dict[str, str]) -> None:
         """Count a document whose defects, and the places of these, are given."""
         for defect, place in defects.items():
             self.count(defect, place)
@@ -84,7 +84,7 @@ class Block:
     number: int  # of the first line, from 1; 0: not known
     inside: bool  # before the first line that begins behind the span
     lines: list[str]  # without their ends
-    defects: dict[int, tuple[str, ...]]  # of the lines that had to be mended, by index
+    defects: dict[int, tuple[str, ...]]  # of the lines that had to be repaired, by index
 
     def defects_at(self, index: int) -> dict[str, str]:
         """What was wrong with a line, and where it is."""
@@ -98,11 +98,11 @@ class Block:
 
 
 def check_length(length: int, place: str) -> None:
-    if length > MOST_DOCUMENT_BYTES:
+    if length > MAX_DOCUMENT_BYTES:
         raise UserError(f"{place}: a document longer than 256 MiB; is it text? break it into lines")
 
 
-def mended(text: str | bytes) -> tuple[str, tuple[str, ...]]:
+def repaired(text: str | bytes) -> tuple[str, tuple[str, ...]]:
     """Text as it may be given out, and what was wrong with it."""
     defects: tuple[str, ...] = ()
     if isinstance(text, bytes):
@@ -146,7 +146,7 @@ def read_lines(content: BinaryIO, path: str, start: int, stop: int | None, repor
                 raise ValueError
             lines = text.decode().split("\n")
         except ValueError:  # also what invalid UTF-8 raises
-            pairs = [mended(line) for line in text.split(b"\n")]
+            pairs = [repaired(line) for line in text.split(b"\n")]
             lines = [line for line, _ in pairs]
             defects = {index: of_line for index, (_, of_line) in enumerate(pairs) if of_line}
         yield Block(path, raw, offset, number, inside, lines, defects)

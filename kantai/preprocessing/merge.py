@@ -13,7 +13,7 @@ from kantai.data.shards import SPLITS, TOKEN_COUNTS, Int64s, ShardWriter, map_sh
 from kantai.errors import UserError
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, read_arrays
 from kantai.preprocessing.lines import Report
-from kantai.storage.atomic import publish, record
+from kantai.storage.atomic import manifest_entry, publish
 
 _BUCKET_DOCUMENTS = 1 << 22  # whose fingerprints are compared at once
 
@@ -24,7 +24,7 @@ def merge(job: Job) -> dict[str, Any]:
     Raises:
         UserError: pieces are missing, or there are no documents in one of the splits.
     """
-    records = [job.record(number) for number in range(len(job.pieces))]
+    records = [job.finished_piece(number) for number in range(len(job.pieces))]
     missing = [str(number) for number, found in enumerate(records) if found is None]
     if missing:
         few = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
@@ -32,20 +32,20 @@ def merge(job: Job) -> dict[str, Any]:
     done = [found for found in records if found is not None]
     folder, vocab_size = job.work.parent, job.vocabulary.size
     if job.unique:
-        _find_doubles(job, sum(shard["documents"] for found in done for split in SPLITS for shard in found[split]))
+        _find_duplicates(job, sum(shard["documents"] for found in done for split in SPLITS for shard in found[split]))
     counts = sum((read_arrays(job, number)["counts"].astype(np.int64) for number in range(len(done))), np.zeros((2, vocab_size), np.int64))
     train: list[dict[str, Any]] = []
     held_out = ShardWriter(folder / HELD_OUT, token_dtype(vocab_size))
-    duplicates = 0
+    left_out = 0
     for number, found in enumerate(done):
         for row, split in enumerate(SPLITS):
-            for shard, doubles in _with_doubles(found[split], job.doubles(number, split)):
-                duplicates += len(doubles)
-                if split == TRAIN and not len(doubles):
+            for shard, duplicates in _with_duplicates(found[split], job.duplicates(number, split)):
+                left_out += len(duplicates)
+                if split == TRAIN and not len(duplicates):
                     job.shard(shard["file"]).rename(folder / shard["file"])
                     train.append(shard)
                     continue
-                tokens, lengths, dropped = _without(job.shard(shard["file"]), doubles)
+                tokens, lengths, dropped = _without(job.shard(shard["file"]), duplicates)
                 counts[row] -= count_tokens(dropped, vocab_size)
                 if split == HELD_OUT:
                     held_out.add(tokens, lengths)  # a piece has few of them: together they fill shards
@@ -61,13 +61,13 @@ def merge(job: Job) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "dtype": token_dtype(vocab_size).name,
         "source": job.source,
-        "report": asdict(report) | {"duplicates": duplicates},
+        "report": asdict(report) | {"duplicates": left_out},
         "splits": {split: _split_entry(splits[split], counts[row], job.vocabulary.eos_id) for row, split in enumerate(SPLITS)},
     }
     _refuse_empty(meta["splits"], job)
     np.save(folder / TOKEN_COUNTS, counts)
     files = {shard["file"]: {key: shard[key] for key in ("bytes", "sha256")} for split in SPLITS for shard in splits[split]}
-    files[TOKEN_COUNTS] = record(folder / TOKEN_COUNTS)
+    files[TOKEN_COUNTS] = manifest_entry(folder / TOKEN_COUNTS)
     for leftover in folder.glob("*.*"):  # of a merge that was killed, and then asked for something else
         if leftover.name not in files:
             leftover.unlink()
@@ -87,7 +87,7 @@ def describe(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {len(split['shards'])} shards"
 
 
-def _find_doubles(job: Job, documents: int) -> None:
+def _find_duplicates(job: Job, documents: int) -> None:
     """Note which documents of every piece have the text of an earlier one.
 
     Fingerprints are dealt to files by their value, and one file at a time is sorted, so that memory does not grow with the corpus.
@@ -97,7 +97,7 @@ def _find_doubles(job: Job, documents: int) -> None:
     folder = job.work / "fingerprints"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for old in job.work.glob("*.doubles"):
+    for old in job.work.glob("*.duplicates"):
         old.unlink()
     for number in range(len(job.pieces)):
         arrays = read_arrays(job, number)
@@ -115,14 +115,14 @@ def _find_doubles(job: Job, documents: int) -> None:
         again = again[np.lexsort((again["document"], again["split"], again["piece"]))]
         for group in np.split(again, np.flatnonzero(np.diff(again["piece"].astype(np.int64) * 2 + again["split"])) + 1):
             if len(group):
-                _append(job.work / f"{group['piece'][0]:06d}-{SPLITS[group['split'][0]]}.doubles", group["document"])
+                _append(job.work / f"{group['piece'][0]:06d}-{SPLITS[group['split'][0]]}.duplicates", group["document"])
 
 
-def _with_doubles(shards: list[dict[str, Any]], doubles: Int64s) -> Iterator[tuple[dict[str, Any], Int64s]]:
-    """A piece's shards, each with those of its documents that are doubles."""
+def _with_duplicates(shards: list[dict[str, Any]], duplicates: Int64s) -> Iterator[tuple[dict[str, Any], Int64s]]:
+    """A piece's shards, each with those of its documents that are duplicates."""
     first = 0
     for shard in shards:
-        here = doubles[(first <= doubles) & (doubles < first + shard["documents"])] - first
+        here = duplicates[(first <= duplicates) & (duplicates < first + shard["documents"])] - first
         first += shard["documents"]
         yield shard, here
 

@@ -18,7 +18,7 @@ from kantai.data import rng
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span
 
 _PARQUET_BYTES = 128 * MIB  # its row groups are reached one by one, but how large they are is written at its end
-_LEAST_SHARE = 1 / 16  # of documents kept: to reach some at the end of a large compressed file, all of it would have to be read
+_MIN_SHARE = 1 / 16  # of documents kept: to reach some at the end of a large compressed file, all of it would have to be read
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def _draws(
             spans += [Span(parts[index].span.file, start, stop) for start, stop in ranges]
             continue
         wanted_bytes = sum(stop - start for start, stop in ranges)
-        share, most_bytes = _LEAST_SHARE, float(wanted_bytes)
-        if parts[index].measured or wanted_bytes >= _LEAST_SHARE * parts[index].text_bytes:
+        share, most_bytes = _MIN_SHARE, float(wanted_bytes)
+        if parts[index].measured or wanted_bytes >= _MIN_SHARE * parts[index].text_bytes:
             parts[index] = parts[index].measure(documents)
             share, most_bytes = min(1.0, wanted_bytes / max(1, parts[index].text_bytes)), np.inf
         low = max(taken[index], 1 - share) if index in taken else 0.0

@@ -108,18 +108,18 @@ def write_starter(folder: Path, name: str, fetch_kant: Callable[[], tuple[str, l
 
 def _within(seconds: float, call: Callable[[], str]) -> str:
     """What a call returns, or TimeoutError; a socket's own time-out is for one operation, and a server may drip for ever."""
-    outcome: list[str | Exception] = []
+    results: list[str | Exception] = []
 
     def run() -> None:
         try:
-            outcome.append(call())
+            results.append(call())
         except Exception as error:
-            outcome.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    result = outcome[0] if outcome else TimeoutError(f"no whole answer within {seconds:g} seconds")
+    result = results[0] if results else TimeoutError(f"no whole answer within {seconds:g} seconds")
     if isinstance(result, Exception):
         raise result
     return result

@@ -50,7 +50,7 @@ def tokenize(job: Job, *, part: int = 0, parts: int = 1, processes: int | None =
         if _is_published(job.output):  # and a kill came before its pieces were tidied up; what else is there is not ours to remove
             shutil.rmtree(job.output / job.work.name, ignore_errors=True)
         raise UserError(f"{job.output} exists already; remove it or choose another output")
-    missing = [number for number in range(part, len(job.pieces), parts) if job.record(number) is None]
+    missing = [number for number in range(part, len(job.pieces), parts) if job.finished_piece(number) is None]
     job.work.mkdir(parents=True, exist_ok=True)
     try:
         _write_pieces(job, missing, processes or len(os.sched_getaffinity(0)))

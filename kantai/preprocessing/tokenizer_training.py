@@ -13,8 +13,8 @@ from tokenizers.trainers import BpeTrainer
 from kantai.data.tokenizer import SPECIAL_TOKENS, Vocabulary, batched_texts, text_parts
 from kantai.errors import UserError
 
-_LEAST_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the specials and all bytes
-_MOST_SAMPLE_BYTES = 4_000_000_000
+_MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the specials and all bytes
+_MAX_SAMPLE_BYTES = 4_000_000_000
 _WORD = re.compile(r"\w+")
 # How byte-level BPE writes the bytes 0x80 to 0xFF, of which characters outside of ASCII are made (GPT-2's table).
 _HIGH_BYTES = {character for character in pre_tokenizers.ByteLevel.alphabet() if 0xA1 <= ord(character) <= 0xFF or ord(character) > 0x121}
@@ -27,12 +27,12 @@ def check_numbers(vocab_size: int, min_frequency: int, sample_bytes: float = 0) 
         UserError: ``vocab_size`` has no room for the special tokens and the 256 bytes, ``min_frequency`` is no number of occurrences, or
             the library's 32-bit counts of pairs could overflow with ``sample_bytes`` of text (huggingface/tokenizers#1170).
     """
-    if vocab_size < _LEAST_VOCAB_SIZE:
-        raise UserError(f"--vocab_size {vocab_size} is too small: the special tokens and the 256 bytes alone are {_LEAST_VOCAB_SIZE}")
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise UserError(f"--vocab_size {vocab_size} is too small: the special tokens and the 256 bytes alone are {_MIN_VOCAB_SIZE}")
     if min_frequency < 1:
         raise UserError(f"--min_frequency {min_frequency} must be at least 1")
-    if not 0 <= sample_bytes <= _MOST_SAMPLE_BYTES:
-        raise UserError(f"--sample_bytes {sample_bytes:g} must lie between 0 and {_MOST_SAMPLE_BYTES:g}: more text can overflow the counts")
+    if not 0 <= sample_bytes <= _MAX_SAMPLE_BYTES:
+        raise UserError(f"--sample_bytes {sample_bytes:g} must lie between 0 and {_MAX_SAMPLE_BYTES:g}: more text can overflow the counts")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int, *, show_progress: bool = False) -> Tokenizer:

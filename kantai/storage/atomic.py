@@ -38,7 +38,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def record(path: Path) -> dict[str, Any]:
+def manifest_entry(path: Path) -> dict[str, Any]:
     """Flush a file to the device and return its manifest entry, read back from what was written."""
     path.chmod(0o666 & ~_UMASK)  # safetensors makes files that the rest of a group cannot read
     fsync(path)
@@ -63,7 +63,7 @@ def staged(target: Path, **meta: Any) -> Iterator[Path]:
     folder = begin(target)
     try:
         yield folder
-        files = {path.relative_to(folder).as_posix(): record(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
         publish(folder, target, files, **meta)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        _refuse_others(error)
+        _raise_unless_damage(error)
         raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
     return parse_manifest(content, str(folder / MANIFEST))
 
@@ -148,7 +148,7 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
             size = -1 if path.is_dir() else path.stat().st_size
             is_whole = size == entry["bytes"] and (not hashes or sha256(path) == entry["sha256"])
         except OSError as error:
-            _refuse_others(error)
+            _raise_unless_damage(error)
             size = -1
         if size < 0:
             raise Damaged(f"{path} is missing or unreadable")
@@ -159,7 +159,7 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_others(error: OSError) -> None:
+def _raise_unless_damage(error: OSError) -> None:
     """Raise what says nothing of a file's content: no rights, too many open files, a server that is away."""
     if error.errno not in (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         raise error

@@ -14,13 +14,13 @@ _ROOM = 1.05  # over the tensors: names, and what other writers need
 _FIRST_INTERVAL_SECONDS = 600.0  # until it is known what saving costs
 
 
-class Saver:
+class Checkpointer:
     """Makes one checkpoint at a time; every method but ``is_written`` is called by all ranks together.
 
     Attributes:
-        update: of the last checkpoint.
+        step: of the last checkpoint.
         stall_seconds: that it held training up.
-        slowdown_seconds: by which updates took longer while it was written.
+        slowdown_seconds: by which steps took longer while it was written.
         write_seconds: that writing it took on this rank.
     """
 
@@ -29,34 +29,34 @@ class Saver:
         self.stall_seconds = self.slowdown_seconds = self.write_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[tuple[str, dict[str, Any]]] | None = None
-        self.update, self._meta = 0, dict[str, Any]()
+        self.step, self._meta = 0, dict[str, Any]()
         self._saved_at = time.monotonic()
 
-    def start(self, update: int, *, since: float, **meta: Any) -> None:
-        """Copy the state after ``update`` updates and have it written.
+    def start(self, step: int, *, since: float, **meta: Any) -> None:
+        """Copy the state after ``step`` steps and have it written.
 
         Args:
             since: when training was held up for it, by the monotonic clock.
             meta: for the manifest; rank 0's counts.
 
         Raises:
-            UserError: no room, or another start of the run has taken over.
+            UserError: no room, or a later start of the run has superseded this one.
         """
         self.finish()
         snapshot = self.engine.snapshot()
         needed = sum(self.engine.from_all(snapshot.size_bytes))
-        folder = self.engine.on_main(lambda: self._stage(update, int(needed * _ROOM)))
-        self.update, self._meta = update, meta
+        folder = self.engine.on_main(lambda: self._stage(step, int(needed * _ROOM)))
+        self.step, self._meta = step, meta
         self._written = self._thread.submit(self._write, snapshot, folder)
         self._saved_at = time.monotonic()
         self.stall_seconds, self.slowdown_seconds = self._saved_at - since, 0.0
 
-    def update_took(self, seconds: float, usually: float) -> None:
-        """Take note of an update: while a checkpoint is written, updates may have fewer cores, or a busy disk."""
+    def step_took(self, seconds: float, usually: float) -> None:
+        """Take note of a step: while a checkpoint is written, steps may have fewer cores, or a busy disk."""
         if self._written is not None and not self._written.done():
             self.slowdown_seconds += max(0.0, seconds - usually)
 
-    def record(self) -> dict[str, float]:
+    def as_metrics(self) -> dict[str, float]:
         """As metrics."""
         return {f"checkpoint/{name}_seconds": getattr(self, f"{name}_seconds") for name in ("stall", "slowdown", "write")}
 
@@ -78,7 +78,7 @@ class Saver:
         errors = self.engine.from_all("" if error is None else f"{type(error).__name__}: {error}")
         for rank, text in enumerate(errors):
             if text:
-                raise UserError(f"checkpoint {self.update} could not be written by rank {rank} ({text}); the one before is good")
+                raise UserError(f"checkpoint {self.step} could not be written by rank {rank} ({text}); the one before is good")
         files = dict(self.engine.from_all(written.result()))
         self.engine.on_main(lambda: self._publish(files))
         self.stall_seconds += time.monotonic() - start
@@ -95,9 +95,9 @@ class Saver:
             return _FIRST_INTERVAL_SECONDS
         return max(self.write_seconds, best_interval_seconds(cost, 3600 / (1 / mtbf_hours + 1 / job_hours)))
 
-    def _stage(self, update: int, needed_bytes: int) -> Any:
+    def _stage(self, step: int, needed_bytes: int) -> Any:
         refuse_full_disk(self.store.folder, needed_bytes)
-        return self.store.stage(update)
+        return self.store.begin(step)
 
     def _write(self, snapshot: Any, folder: Any) -> tuple[str, dict[str, Any]]:
         start = time.monotonic()
@@ -106,8 +106,8 @@ class Saver:
         return part
 
     def _publish(self, files: dict[str, dict[str, Any]]) -> None:
-        self.store.publish(self.update, files, **self._meta)
-        verify(self.store.path(self.update), hashes=False)  # every rank has read its part back
+        self.store.publish(self.step, files, **self._meta)
+        verify(self.store.path(self.step), hashes=False)  # every rank has read its part back
         self.store.prune(self.keep)
 
 

@@ -12,22 +12,22 @@ class Progress:
 
     _SECONDS_BETWEEN_LINES = 15.0
 
-    def __init__(self, first_update: int, total_updates: int, *, show: bool) -> None:
-        self._show, self._total = show, total_updates
+    def __init__(self, first_step: int, max_steps: int, *, show: bool) -> None:
+        self._show, self._total = show, max_steps
         self._bar: Any = None
         if show and sys.stderr.isatty():
-            self._bar = tqdm(total=total_updates, initial=first_update, unit="update", dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
         self._next_line = 0.0
 
-    def update(self, update: int, loss: float, tokens_per_second: float, seconds_per_update: float) -> None:
-        """Show that ``update`` updates are done."""
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+        """Show that ``step`` steps are done."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-            self._bar.update(update - self._bar.n)
-        elif self._show and (time.monotonic() >= self._next_line or update == self._total):
-            left = (self._total - update) * seconds_per_update
+            self._bar.update(step - self._bar.n)
+        elif self._show and (time.monotonic() >= self._next_line or step == self._total):
+            left = (self._total - step) * seconds_per_step
             print(
-                f"update {update}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
+                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
                 f"{int(left // 60)}:{int(left % 60):02d} left",
                 flush=True,
             )

@@ -14,7 +14,7 @@ from kantai.config.schema import Config
 from kantai.data.dataset import Data, open_data
 from kantai.errors import UserError
 from kantai.storage.atomic import digest, replaced, sha256
-from kantai.training.skipped_data import PassedOver
+from kantai.training.skipped_data import SkippedData
 
 CONFIG_FILE = "config.yaml"
 PROMPTS_FILE = "prompts.txt"
@@ -34,11 +34,11 @@ class RunDir:
         return CheckpointStore(self.path)
 
     def is_finished(self) -> bool:
-        """Whether the last update's checkpoint is there, whole."""
-        return self.store.updates()[-1:] == [self.data.total_updates] and self.newest() == self.data.total_updates
+        """Whether the last step's checkpoint is there, whole."""
+        return self.store.steps()[-1:] == [self.data.max_steps] and self.newest() == self.data.max_steps
 
     def newest(self, *, set_aside: bool = False) -> int:
-        """Update count of the newest valid checkpoint, 0 where there is none.
+        """Step count of the newest valid checkpoint, 0 where there is none.
 
         Args:
             set_aside: move damaged ones out of the way; for one process alone.
@@ -48,24 +48,24 @@ class RunDir:
         """
         found = self.store.newest_valid(set_aside=set_aside)
         if found is None:
-            if damaged := self.store.updates():
+            if damaged := self.store.steps():
                 raise UserError(
                     f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring one back from a copy, or remove that "
-                    "folder to begin with update 0"
+                    "folder to begin with step 0"
                 )
             return 0
-        update, manifest = found
+        step, manifest = found
         ours, theirs = self.lineage, manifest.get("lineage")
         theirs = theirs if isinstance(theirs, dict) else {}
         for key in ("shards", "tokenizer"):
             if theirs.get(key) != ours[key]:
                 raise UserError(
-                    f"{self.store.path(update)} was trained on other {key} than {getattr(self.config.data, key)}: name those of its start"
+                    f"{self.store.path(step)} was trained on other {key} than {getattr(self.config.data, key)}: name those of its start"
                 )
-        known, passed = PassedOver.of(self.path), theirs.get("passed_over", [])
+        known, passed = SkippedData.of(self.path), theirs.get("skipped_data", [])
         if not isinstance(passed, list) or not {str(list(window)) for window in known.windows} >= set(map(str, passed)):
-            raise UserError(f"{known.path} lacks what checkpoint {update} says of data that was passed over: bring it back from a copy")
-        return update
+            raise UserError(f"{known.path} lacks what checkpoint {step} says of data that was skipped: bring it back from a copy")
+        return step
 
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
@@ -113,17 +113,17 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
 
 
 def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
-    """An existing run with its data, and the update count of its newest valid checkpoint.
+    """An existing run with its data, and the step count of its newest valid checkpoint.
 
     Raises:
         UserError: no run there, its data is gone, or it has saved nothing yet.
     """
     config = saved_config(run_dir)
     opened = RunDir(Path(config.run_dir), config, open_data(config))
-    update = opened.newest()
-    if update == 0:
+    step = opened.newest()
+    if step == 0:
         raise UserError(f"{run_dir} has no valid checkpoint yet: run pretrain.py until it saves one")
-    return opened, update
+    return opened, step
 
 
 def saved_config(run_dir: str | Path) -> Config:

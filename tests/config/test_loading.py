@@ -13,7 +13,7 @@ from tests.helpers.commands import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
-SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
+SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
 
 
 def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
@@ -85,8 +85,8 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--model.num_attention_heads=7", "model: num_attention_heads 7 does not divide hidden_size 768"),
         ("--optimizer.learning_rate=.nan", "optimizer.learning_rate: should be "),
         ("--optimizer.learning_rate=.inf", "optimizer.learning_rate: should be "),
-        ("--training.epochs=3", "training: give exactly one of total_updates and epochs"),
-        ("--training.total_updates=null", "training: give exactly one of total_updates and epochs"),
+        ("--training.epochs=3", "training: give exactly one of max_steps and epochs"),
+        ("--training.max_steps=null", "training: give exactly one of max_steps and epochs"),
         ("--training=3", "training: should be a valid dictionary"),
         ("--checkpoint.keep=1", "checkpoint.keep: should be greater than or equal to 2, not 1"),
         ("--seed=-1", "seed: should be greater than or equal to 0, not -1"),
@@ -161,7 +161,7 @@ CHANGES = {
     "data.seq_len": 64,
     "data.packing": "padded",
     "data.shuffle_window": 3,
-    "training.total_updates": 11,
+    "training.max_steps": 11,
     "training.precision": "bf16",
     "masking.ratio": 0.4,
     "masking.unit": "word",
@@ -170,7 +170,7 @@ CHANGES = {
     "model.vocab_size": 1024,
     "batch.global_batch_size": 255,
     "optimizer.learning_rate": 1e-3,
-    "optimizer.warmup_updates": 1,
+    "optimizer.warmup_steps": 1,
 }
 MAY_CHANGE = {
     "run_dir": "/elsewhere",
@@ -181,13 +181,13 @@ MAY_CHANGE = {
     "data.cache_dir": "/elsewhere",
     "data.cache_gb": 1.0,
     "batch.micro_batch_size": 4,
-    "checkpoint.every_updates": 5,
+    "checkpoint.every_steps": 5,
     "checkpoint.mtbf_hours": 5.0,
     "checkpoint.keep": 9,
     "failures.hang_seconds": 9,
     "failures.compare_replicas_every": 5,
     "training.compile": True,
-    "evaluation.every_updates": 5,
+    "evaluation.every_steps": 5,
     "evaluation.max_sequences": 5,
     "evaluation.prompts": ["<mask>"],
 }

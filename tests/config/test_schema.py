@@ -8,7 +8,7 @@ from kantai.config.loading import load_config
 from kantai.config.schema import Config
 from kantai.errors import UserError
 
-SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {total_updates: 10}\n"
+SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
 
 
 def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
@@ -17,19 +17,19 @@ def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
-def test_length_may_be_changed_from_updates_to_epochs(tmp_path: Path) -> None:
-    config = load(tmp_path, SMALLEST, "--training.total_updates=null", "--training.epochs=2.5")
-    assert (config.training.total_updates, config.training.epochs) == (None, 2.5)
+def test_length_may_be_changed_from_steps_to_epochs(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALLEST, "--training.max_steps=null", "--training.epochs=2.5")
+    assert (config.training.max_steps, config.training.epochs) == (None, 2.5)
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ("[{until_update: 5}, {until_update: 5}]", "each must end after the one before"),
-        ("[{until_update: 10}]", "until_update 10 must be less than training.total_updates 10"),
-        ("[{until_update: 5, seq_len: 1024}]", "no seq_len may exceed data.seq_len 512"),
-        ("[{until_update: 5, seqlen: 16}]", "unknown key"),
-        ("[{seq_len: 16}]", "until_update is missing"),
+        ("[{until_step: 5}, {until_step: 5}]", "each must end after the one before"),
+        ("[{until_step: 10}]", "until_step 10 must be less than training.max_steps 10"),
+        ("[{until_step: 5, seq_len: 1024}]", "no seq_len may exceed data.seq_len 512"),
+        ("[{until_step: 5, seqlen: 16}]", "unknown key"),
+        ("[{seq_len: 16}]", "until_step is missing"),
         ("3", "stages: "),
     ],
 )

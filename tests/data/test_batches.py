@@ -1,4 +1,4 @@
-"""What an update is shown: the right tokens, and the same rows on any number of ranks."""
+"""What a step is shown: the right tokens, and the same rows on any number of ranks."""
 
 import itertools
 from pathlib import Path
@@ -62,31 +62,31 @@ def sequences_of(kind: str, shards_dir: Path, tokenizer_dir: Path) -> tuple[Sequ
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "padded"])
-def test_an_update_is_the_same_on_any_number_of_ranks_in_any_micro_batches(kind: str, shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(kind: str, shards_dir: Path, tokenizer_dir: Path) -> None:
     sequences, vocab_size = sequences_of(kind, shards_dir, tokenizer_dir)
     order = shuffled(sequences, 3)
 
-    def update(number: int, world_size: int, micro_batch_size: int) -> tuple[list[Row], list[Row], int, int]:
-        """Rows of an update in their order, its empty rows, tokens, pairs."""
+    def step(number: int, world_size: int, micro_batch_size: int) -> tuple[list[Row], list[Row], int, int]:
+        """Rows of a step in their order, its empty rows, tokens, pairs."""
         plan = BatchPlan(12, micro_batch_size, world_size)
         batches = batches_of(sequences, order, masker(vocab_size), plan)
         dealt = [
-            batches.micro_batch(number, step, rank)
-            for rank, step in itertools.product(range(world_size), range(plan.gradient_accumulation_steps))
+            batches.micro_batch(number, micro_step, rank)
+            for rank, micro_step in itertools.product(range(world_size), range(plan.gradient_accumulation_steps))
         ]
         rows = [row for batch in dealt for row in rows_of(batch)]
         return rows[:12], rows[12:], sum(batch.tokens for batch in dealt), sum(batch.attended_pairs for batch in dealt)
 
     seen = set()
     for number in (0, 1, (count(sequences) - 1) // 12, 10**6):  # the third holds the end of an epoch
-        expected, empty, tokens, pairs = update(number, 1, 12)
+        expected, empty, tokens, pairs = step(number, 1, 12)
         epochs, samples = order.at(number * 12 + np.arange(12))
         assert sorted(expected) == sorted(rows_of(masker(vocab_size)(sequences.rows(samples), epochs, samples, number))) and not empty
         assert sum(len(answers) for _, answers in expected) > 20
         assert (tokens, pairs) == (sum(len(ids) for ids, _ in expected), sum(len(ids) ** 2 for ids, _ in expected))
         seen.add(tuple(expected))
         for world_size, micro_batch_size in itertools.product((1, 2, 3, 5), (1, 2, 5, 12)):
-            rows, empty, *work = update(number, world_size, micro_batch_size)
+            rows, empty, *work = step(number, world_size, micro_batch_size)
             assert rows == expected
             assert empty == [((BOS,), ())] * BatchPlan(12, micro_batch_size, world_size).empty_rows
             assert work == [tokens, pairs]
@@ -98,9 +98,9 @@ def test_an_epoch_shows_every_sequence_once(shards_dir: Path, tokenizer_dir: Pat
     plan = BatchPlan(8, 3, 2)
     batches = batches_of(sequences, shuffled(sequences, 0), masker(vocab_size), plan)
     shown: list[list[tuple[int, ...]]] = [[], []]  # by epoch
-    for update in range(-(-count(sequences) // 8)):
-        epochs, samples = batches.samples(update)
-        dealt = [batches.micro_batch(update, step, rank) for rank in range(2) for step in range(plan.gradient_accumulation_steps)]
+    for step in range(-(-count(sequences) // 8)):
+        epochs, samples = batches.samples(step)
+        dealt = [batches.micro_batch(step, micro_step, rank) for rank in range(2) for micro_step in range(plan.gradient_accumulation_steps)]
         for epoch, sample, (ids, answers) in zip(epochs, samples, (row for batch in dealt for row in rows_of(batch)), strict=True):
             original = np.array(ids)
             original[[position for position, _ in answers]] = [label for _, label in answers]
@@ -112,12 +112,12 @@ def test_a_rank_reads_from_few_shards_of_a_window() -> None:
     """Rows are dealt in the order of their samples: two ranks read from half of the shards each, and one more."""
     sequences = Contiguous(streams(*(np.arange(100, 1000) for _ in range(16))), 10, BOS, PAD)
     batches = batches_of(sequences, Shuffled(sequences.samples_per_shard, 16, 0), masker(), BatchPlan(160, 8, 2))
-    for update in range(10):
-        read = [batches.shards(update, rank) for rank in range(2)]
+    for step in range(10):
+        read = [batches.shards(step, rank) for rank in range(2)]
         assert set(read[0]) | set(read[1]) == set(range(16)) and all(len(shards) <= 10 for shards in read)
         for rank, shards in enumerate(read):
-            steps = range(batches.stage(update).plan.gradient_accumulation_steps)
-            ids = np.concatenate([batches.micro_batch(update, step, rank).input_ids for step in steps])
+            micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
+            ids = np.concatenate([batches.micro_batch(step, micro_step, rank).input_ids for micro_step in micro_steps])
             assert len(ids) == 80 and shards == sorted(shards)
 
 
@@ -148,9 +148,9 @@ def test_every_micro_batch_has_the_same_shape(shards_dir: Path, tokenizer_dir: P
     plan = BatchPlan(10, 3, 2)
     batches = batches_of(sequences, shuffled(sequences, 0), masker(vocab_size), plan)
     dealt = [
-        batches.micro_batch(update, step, rank)
-        for update in range(20)
-        for step in range(plan.gradient_accumulation_steps)
+        batches.micro_batch(step, micro_step, rank)
+        for step in range(20)
+        for micro_step in range(plan.gradient_accumulation_steps)
         for rank in range(2)
     ]
     assert {(batch.input_ids.shape, batch.masked_positions.shape, batch.labels.shape) for batch in dealt} == {((3, 64), (3, 10), (3, 10))}

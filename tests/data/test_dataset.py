@@ -29,10 +29,10 @@ def test_all_shards_of_a_window_stay_open(shards_dir: Path, tokenizer_dir: Path,
 
 def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(shards_dir: Path, tokenizer_dir: Path) -> None:
     def batches(**masking: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Training rows of the first and the last update, held-out rows, all as shown."""
+        """Training rows of the first and the last step, held-out rows, all as shown."""
         tree = {"run_dir": "", "data": {"shards": str(shards_dir), "tokenizer": str(tokenizer_dir), "seq_len": 64}}
         sizes = {"global_batch_size": 64, "micro_batch_size": 64}
-        data = open_data(Config.model_validate(tree | {"training": {"total_updates": 9}, "masking": masking, "batch": sizes}))
+        data = open_data(Config.model_validate(tree | {"training": {"max_steps": 9}, "masking": masking, "batch": sizes}))
         training, held_out = data.training_batches(1), data.held_out_batches(BatchPlan(64, 64, 1))[0]
         return training.micro_batch(0, 0, 0).labels, training.micro_batch(8, 0, 0).labels, held_out.micro_batch(0, 0, 0).input_ids
 

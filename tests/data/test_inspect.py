@@ -13,7 +13,7 @@ from tests.helpers.commands import CONFIG, script
 
 @pytest.fixture
 def settings(many_shards_dir: Path, tokenizer_dir: Path) -> list[str]:
-    sizes = ["--data.seq_len=32", "--batch.global_batch_size=10", "--optimizer.warmup_updates=1"]
+    sizes = ["--data.seq_len=32", "--batch.global_batch_size=10", "--optimizer.warmup_steps=1"]
     return ["--config", str(CONFIG), f"--data.shards={many_shards_dir}", f"--data.tokenizer={tokenizer_dir}", *sizes]
 
 
@@ -36,13 +36,13 @@ def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> Non
     assert "' the' " not in printed("--shards", many_shards_dir)  # ids alone, without their tokenizer
 
 
-def test_an_update_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer_dir: Path) -> None:
     """With the true words in the place of their masks, each row is a piece of the split."""
     vocabulary = load_tokenizer(tokenizer_dir)
     said = printed(
-        *settings, "--masking.mask_share=1.0", "--masking.random_share=0.0", "--update", 3, "--world_size", 3, "--rank", 2, "--rows", 9
+        *settings, "--masking.mask_share=1.0", "--masking.random_share=0.0", "--step", 3, "--world_size", 3, "--rank", 2, "--rows", 9
     )
-    assert "update 3: 10 sequences an update = 3 ranks x 1 micro-steps x 4, 2 of them empty" in said
+    assert "step 3: 10 sequences a step = 3 ranks x 1 micro-steps x 4, 2 of them empty" in said
     rows = said.split("\nrow ")[1:]
     assert [row.split(":")[0] for row in rows] == ["8", "9"]
     split = "".join(
@@ -59,7 +59,7 @@ def test_an_update_is_decoded(settings: list[str], many_shards_dir: Path, tokeni
 def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings: list[str]) -> None:
     def hashed(first: int, stop: int, *changes: str) -> str:
         said = printed(*settings, *changes, "--hash", first, stop)
-        assert said.startswith(f"updates {first} to {stop - 1}: ")
+        assert said.startswith(f"steps {first} to {stop - 1}: ")
         return said.split()[-1]
 
     found = hashed(5, 25)
@@ -76,15 +76,15 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
 
 def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: list[str], tmp_path: Path) -> None:
     run = [*settings, f"--run_dir={tmp_path}"]
-    by_the_config = {what: printed(*run, *what) for what in (("--update", 9), ("--hash", 9, 12), ("--update", 3))}
+    by_the_config = {what: printed(*run, *what) for what in (("--step", 9), ("--hash", 9, 12), ("--step", 3))}
     save_config(load_config(settings[1], run[2:]), tmp_path / "config.yaml")
-    (tmp_path / "passed_over.jsonl").write_text('{"from_update": 4, "first": 4, "stop": 8}\n')
-    said = printed(*run, "--update", 5)
-    assert "its data is that of update 9 by the config: the run passed over" in said
-    assert said.split("\nrow ")[1:] == by_the_config["--update", 9].split("\nrow ")[1:]
+    (tmp_path / "skipped_data.jsonl").write_text('{"from_step": 4, "first": 4, "stop": 8}\n')
+    said = printed(*run, "--step", 5)
+    assert "its data is that of step 9 by the config: the run skipped" in said
+    assert said.split("\nrow ")[1:] == by_the_config["--step", 9].split("\nrow ")[1:]
     assert printed(*run, "--hash", 5, 8).split()[-1] == by_the_config["--hash", 9, 12].split()[-1]
-    assert printed(*run, "--update", 3) == by_the_config["--update", 3]
-    done = script("inspect_data", *run, "--seed=77", "--update", 5)
+    assert printed(*run, "--step", 3) == by_the_config["--step", 3]
+    done = script("inspect_data", *run, "--seed=77", "--step", 5)
     assert done.returncode == 2 and "belongs to a run of another config: seed was 0 and is 77" in done.stderr
 
 
@@ -97,7 +97,7 @@ def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: l
         (["--shards", "nowhere"], "no shards at nowhere"),
         (["--shards", "none://x"], "cannot read none://x"),
         (["--config", CONFIG, "--rank", "1"], "ranks from 0 to one less than --world_size"),
-        (["--config", CONFIG, "--update", "-1"], "updates are counted from 0"),
+        (["--config", CONFIG, "--step", "-1"], "steps are counted from 0"),
     ],
 )
 def test_what_cannot_be_looked_at_is_said(arguments: list[str], message: str) -> None:

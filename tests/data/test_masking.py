@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from kantai.data.masking import IGNORED_LABEL, MEAN_SPAN_WORDS, MOST_WORD_TOKENS, MaskedRows, Masker, Words
+from kantai.data.masking import IGNORED_LABEL, MAX_WORD_TOKENS, MEAN_SPAN_WORDS, MaskedRows, Masker, Words
 from kantai.data.shards import open_shards
 from kantai.data.tokenizer import load_tokenizer
 from kantai.preprocessing.tokenizer_training import train_tokenizer
@@ -51,7 +51,7 @@ def toy_words_of(row: list[int]) -> list[list[int]]:
     for place, token in enumerate(row):
         if token in SPECIAL:
             continue
-        if token % 3 == 0 or row[place - 1] in SPECIAL or len(words[-1]) == MOST_WORD_TOKENS:
+        if token % 3 == 0 or row[place - 1] in SPECIAL or len(words[-1]) == MAX_WORD_TOKENS:
             words.append([])
         words[-1].append(place)
     return words
@@ -133,7 +133,7 @@ def test_any_rows(data: st.DataObject, unit: Unit, ratio: float, length: int, se
     assert np.array_equal(masked.labels[real], np.take_along_axis(rows, masked.masked_positions, 1)[real])
     assert (masked.masked_positions[~real] == 0).all()
     for count, ordinary in zip(real.sum(1), (~np.isin(rows, SPECIAL)).sum(1), strict=True):
-        slack = MOST_WORD_TOKENS - 1 if unit == "word" else 0
+        slack = MAX_WORD_TOKENS - 1 if unit == "word" else 0
         assert math.floor(ratio * ordinary) - slack <= count <= math.ceil(ratio * ordinary) + slack
     if unit == "word":
         assert all(len(set(there[word])) == 1 for row, there in zip(rows.tolist(), where, strict=True) for word in toy_words_of(row))
@@ -197,7 +197,7 @@ def test_share_of_whole_words_is_right_on_average(ordinary: int, divisor: int) -
     rows = ordinary_rows(20_000, ordinary)
     counts = is_masked(rows, mask(Masker(0.15, 0.8, 0.1, VOCAB_SIZE, MASK, SPECIAL, 5, "word", words), rows)).sum(1)
     assert abs(counts.mean() - 0.15 * ordinary) <= 4 * counts.std() / math.sqrt(len(rows))
-    assert abs(counts - 0.15 * ordinary).max() < MOST_WORD_TOKENS
+    assert abs(counts - 0.15 * ordinary).max() < MAX_WORD_TOKENS
 
 
 def test_spans_are_geometric_in_words_and_replaced_as_a_whole() -> None:
@@ -280,23 +280,23 @@ def test_tokens_of_a_word_draw_their_kinds_each() -> None:
     assert_share(int(((shown[:, 0] == MASK) != (shown[:, 1] == MASK)).sum()), len(shown), 0.5)
 
 
-def test_the_ratio_goes_from_the_first_to_the_last_update() -> None:
+def test_the_ratio_goes_from_the_first_to_the_last_step() -> None:
     rows, numbers = ordinary_rows(64, 127), np.arange(64)
     constant = ROBERTA
-    assert {constant.ratio_at(update) for update in (0, 5, 10**9)} == {0.15}
-    falling = dataclasses.replace(ROBERTA, ratio=0.4, final_ratio=0.15, total_updates=101)
-    assert [falling.ratio_at(update) for update in (0, 100, 101, 10**9)] == [0.4, 0.15, 0.15, 0.15]
+    assert {constant.ratio_at(step) for step in (0, 5, 10**9)} == {0.15}
+    falling = dataclasses.replace(ROBERTA, ratio=0.4, final_ratio=0.15, max_steps=101)
+    assert [falling.ratio_at(step) for step in (0, 100, 101, 10**9)] == [0.4, 0.15, 0.15, 0.15]
     assert falling.ratio_at(50) == pytest.approx(0.275)
-    assert dataclasses.replace(falling, total_updates=1).ratio_at(0) == 0.4
+    assert dataclasses.replace(falling, max_steps=1).ratio_at(0) == 0.4
     assert dataclasses.replace(falling, ratio=0.95, unit="word").slots(20, 0) == 20  # there is no room for more
     for unit in UNITS:
         scheduled = dataclasses.replace(falling, unit=unit)
         shapes = set()
-        for update in range(0, 101, 10):
-            masked, ratio = scheduled(rows, numbers, numbers, update), scheduled.ratio_at(update)
+        for step in range(0, 101, 10):
+            masked, ratio = scheduled(rows, numbers, numbers, step), scheduled.ratio_at(step)
             assert abs((masked.labels != IGNORED_LABEL).sum(1).mean() - ratio * 127) < 1
             same = dataclasses.replace(scheduled, ratio=ratio, final_ratio=None)(rows, numbers, numbers, 0)
-            assert np.array_equal(masked.input_ids, same.input_ids)  # an update's ratio is all that counts
+            assert np.array_equal(masked.input_ids, same.input_ids)  # a step's ratio is all that counts
             shapes.add(masked.labels.shape[1])
         assert len(shapes) <= 6 and all(slots % 8 == 0 for slots in shapes)
 

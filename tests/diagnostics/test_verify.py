@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.config.loading import load_config
 from kantai.data.dataset import open_data
 from kantai.data.loader import MicroBatch
@@ -17,20 +17,20 @@ NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_
 
 
 def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    """The same updates, dealt otherwise: they differ by rounding, which is all that a key's bias moves by."""
+    """The same steps, dealt otherwise: they differ by rounding, which is all that a key's bias moves by."""
     data_arguments = [
         f"--data.shards={shards_dir}",
         f"--data.tokenizer={tokenizer_dir}",
         "--run_dir=unused",
-        "--training.total_updates=100",
+        "--training.max_steps=100",
     ]
     for rows in (4, 5):
         config = load_config(CONFIG, [*TINY, *data_arguments, f"--batch.micro_batch_size={rows}", *NO_DROPOUT])
         data = open_data(config)
-        engine, batches = Engine(config, Place(0, 1, 0), build_model(config, data.vocabulary)), data.training_batches(1)
-        for update in range(2):
-            steps = range(batches.stage(update).plan.gradient_accumulation_steps)
-            engine.update(update, [MicroBatch(batches.micro_batch(update, step, 0)) for step in steps], 1e-3)
+        engine, batches = Engine(config, RankInfo(0, 1, 0), build_model(config, data.vocabulary)), data.training_batches(1)
+        for step in range(2):
+            micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
+            engine.train_step(step, [MicroBatch(batches.micro_batch(step, micro_step, 0)) for micro_step in micro_steps], 1e-3)
         (tmp_path / str(rows)).mkdir()
         engine.save_state(tmp_path / str(rows))
     one, other = tmp_path / "4", tmp_path / "5"

@@ -35,5 +35,5 @@ def test_a_deepspeed_file_may_not_decide_the_precision_or_hide_the_state() -> No
     config: dict[str, Any] = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "bf16": {"enabled": "auto"}}
     complete(config, 0.5)
     assert (config["gradient_clipping"], config["zero_optimization"]["overlap_comm"]) == (0.5, False)
-    assert not config["timers"]["throughput"]["enabled"]  # which would wait for the device at every update
+    assert not config["timers"]["throughput"]["enabled"]  # which would wait for the device at every step
     complete(config, 0.5)  # as for another engine of the process

@@ -1,4 +1,4 @@
-"""What one rank does with an update and a checkpoint; tests/integration/test_backends.py has the ranks."""
+"""What one rank does with a step and a checkpoint; tests/integration/test_backends.py has the ranks."""
 
 import dataclasses
 import math
@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kantai.checkpoint.state import SavedState
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.config.loading import load_config
 from kantai.data.dataset import open_data
 from kantai.data.loader import MicroBatch
-from kantai.distributed.engine import Engine, Outcome
+from kantai.distributed.engine import Engine, StepResult
 from kantai.errors import UserError
 from kantai.model.roberta import build_model
 from tests.helpers.commands import CONFIG, TINY
@@ -28,12 +28,14 @@ class Run:
     def __init__(self, *arguments: str) -> None:
         config = load_config(CONFIG, [*TINY, "--run_dir=unused", *arguments])
         data = open_data(config)
-        self.engine = Engine(config, Place(0, 1, 0), build_model(config, data.vocabulary))
+        self.engine = Engine(config, RankInfo(0, 1, 0), build_model(config, data.vocabulary))
         self.batches = data.training_batches(1)
 
-    def update(self, number: int, *limit: float) -> Outcome:
-        steps = range(self.batches.stage(number).plan.gradient_accumulation_steps)
-        return self.engine.update(number, [MicroBatch(self.batches.micro_batch(number, step, 0)) for step in steps], 1e-3, *limit)
+    def train_step(self, number: int, *limit: float) -> StepResult:
+        micro_steps = range(self.batches.stage_at(number).plan.gradient_accumulation_steps)
+        return self.engine.train_step(
+            number, [MicroBatch(self.batches.micro_batch(number, micro_step, 0)) for micro_step in micro_steps], 1e-3, *limit
+        )
 
     def weights(self) -> dict[str, Any]:
         return {name: value.clone() for name, value in self.engine.raw_model.state_dict().items()}
@@ -49,31 +51,31 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_update_above_the_limit_is_not_done(optimizer: str, start: Callable[..., Run]) -> None:
+def test_a_step_above_the_limit_is_not_done(optimizer: str, start: Callable[..., Run]) -> None:
     run = start(f"--optimizer.name={optimizer}")
-    before, norm = run.weights(), run.update(0, math.inf, 0.0).grad_norm
+    before, norm = run.weights(), run.train_step(0, math.inf, 0.0).grad_norm
     assert same(run.weights(), before)
-    assert not run.update(0, math.inf, norm * 1.01).skipped
+    assert not run.train_step(0, math.inf, norm * 1.01).skipped
     assert not same(run.weights(), before)
-    assert run.update(1, math.inf, norm / 10).skipped
-    assert run.update(2, 1.0).skipped  # of a loss
+    assert run.train_step(1, math.inf, norm / 10).skipped
+    assert run.train_step(2, 1.0).skipped  # of a loss
 
 
-def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_update(start: Callable[..., Run]) -> None:
+def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_step(start: Callable[..., Run]) -> None:
     run = start("--training.precision=fp16")
     run.engine.loss_scale.value = 2.0**100
-    before, outcome = run.weights(), run.update(0)
-    assert (outcome.skipped, outcome.loss_scale, run.engine.loss_scale.value) == (False, 2.0**100, 2.0**99)
-    assert math.isinf(outcome.grad_norm) or math.isnan(outcome.grad_norm)
+    before, result = run.weights(), run.train_step(0)
+    assert (result.skipped, result.loss_scale, run.engine.loss_scale.value) == (False, 2.0**100, 2.0**99)
+    assert math.isinf(result.grad_norm) or math.isnan(result.grad_norm)
     assert same(run.weights(), before)
     run.engine.loss_scale.value = 2.0**10
-    assert run.update(1).grad_norm < 10
+    assert run.train_step(1).grad_norm < 10
     assert not same(run.weights(), before)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start()
-    run.update(0)
+    run.train_step(0)
     run.engine.save_state(tmp_path)
     run.engine.load_state(tmp_path)
     (path,) = tmp_path.glob("state-*.safetensors")
@@ -92,17 +94,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(star
 
 def test_a_watchdog_hears_of_every_micro_step(start: Callable[..., Run]) -> None:
     run, heard = start("--batch.micro_batch_size=2"), list[int]()
-    run.engine.still_alive = lambda: heard.append(0)
-    run.update(0)
+    run.engine.heartbeat = lambda: heard.append(0)
+    run.train_step(0)
     assert len(heard) == 5
 
 
 def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read = start(), list[str]()
     run.engine.save_state(tmp_path)
-    first, *others = run.engine.optimizer.held
+    first, *others = run.engine.optimizer.sharded
     (part,) = first.parts
-    run.engine.optimizer.held = [dataclasses.replace(first, parts=[dataclasses.replace(part, numel=0)]), *others]
+    run.engine.optimizer.sharded = [dataclasses.replace(first, parts=[dataclasses.replace(part, numel=0)]), *others]
     real = SavedState.__getitem__
     monkeypatch.setattr(SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name))
     run.engine.load_state(tmp_path)

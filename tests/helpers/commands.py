@@ -26,7 +26,7 @@ TINY = [
     "--model.intermediate_size=64",
     "--batch.global_batch_size=10",
     "--batch.micro_batch_size=4",
-    "--optimizer.warmup_updates=1",
+    "--optimizer.warmup_steps=1",
     "--evaluation.max_sequences=20",
 ]
 
@@ -88,17 +88,17 @@ def kill_at_once(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def state(run_dir: Path, update: int) -> dict[str, Any]:
+def state(run_dir: Path, step: int) -> dict[str, Any]:
     """All tensors of a checkpoint by name, whatever files they are in."""
-    folder = CheckpointStore(run_dir).path(update)
+    folder = CheckpointStore(run_dir).path(step)
     verify(folder)
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def metrics(run_dir: Path, name: str) -> list[float]:
-    """One metric of a run, in the order of the updates, none missing or twice."""
+    """One metric of a run, in the order of the steps, none missing or twice."""
     records: list[dict[str, Any]] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    found = [(record["update"], record[name]) for record in records if name in record]
+    found = [(record["step"], record[name]) for record in records if name in record]
     if name.startswith("train/"):
-        assert [update for update, _ in found] == list(range(1, len(found) + 1))
+        assert [step for step, _ in found] == list(range(1, len(found) + 1))
     return [value for _, value in found]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.data.batches import Batches
 from kantai.distributed.backends import DeepSpeedZero, Torch
 from kantai.distributed.engine import Engine
 
-place = Place.from_environment()
-is_last = place.rank == place.world_size - 1
+rank_info = RankInfo.from_environment()
+is_last = rank_info.rank == rank_info.world_size - 1
 
 
 def mean_of_means() -> None:
@@ -23,7 +23,7 @@ def mean_of_means() -> None:
     real = Engine.sum_over_ranks
 
     def own(self: Engine, values: torch.Tensor) -> torch.Tensor:
-        return values.to(self.device) * place.world_size if values.shape == (3,) else real(self, values)
+        return values.to(self.device) * rank_info.world_size if values.shape == (3,) else real(self, values)
 
     Engine.sum_over_ranks = own  # type: ignore[method-assign]
 
@@ -51,9 +51,9 @@ def dropped_micro_step() -> None:
 
 
 def other_data() -> None:
-    """One rank reads another update's rows."""
+    """One rank reads another step's rows."""
     real = Batches.micro_batch
-    Batches.micro_batch = lambda self, update, step, rank: real(self, update + (is_last and rank > 0), step, rank)  # type: ignore[method-assign]
+    Batches.micro_batch = lambda self, step, micro_step, rank: real(self, step + (is_last and rank > 0), micro_step, rank)  # type: ignore[method-assign]
 
 
 def lost_moment() -> None:
@@ -62,23 +62,23 @@ def lost_moment() -> None:
 
     def forgetting(self: Engine, folder: Path) -> None:
         real(self, folder)
-        for held in self.optimizer.held:
-            self.optimizer.moments(held)["exp_avg_sq"].zero_()
+        for sharded in self.optimizer.sharded:
+            self.optimizer.moments(sharded)["exp_avg_sq"].zero_()
 
     Engine.load_state = forgetting  # type: ignore[method-assign]
 
 
 def flipped_bit() -> None:
-    """In one rank's weights a bit changes at the sixth update."""
-    real = Engine.update
+    """In one rank's weights a bit changes at the sixth step."""
+    real = Engine.train_step
 
-    def flipping(self: Engine, update: int, *rest: Any) -> Any:
-        outcome = real(self, update, *rest)
-        if is_last and update == 5:
+    def flipping(self: Engine, step: int, *rest: Any) -> Any:
+        result = real(self, step, *rest)
+        if is_last and step == 5:
             next(self.raw_model.parameters()).data.view(torch.int32)[0, 0] ^= 1
-        return outcome
+        return result
 
-    Engine.update = flipping  # type: ignore[method-assign]
+    Engine.train_step = flipping  # type: ignore[method-assign]
 
 
 def bad_gradient() -> None:
@@ -102,7 +102,7 @@ def third_engine_refused() -> None:
     def counting(self: Engine, *rest: Any) -> None:
         assert len(alive) < 2, "a third engine"
         real(self, *rest)
-        alive.add(self.optimizer.held[0].tensor)  # whoever holds it
+        alive.add(self.optimizer.sharded[0].tensor)  # whoever holds it
 
     Engine.__init__ = counting  # type: ignore[method-assign]
 
@@ -116,7 +116,7 @@ def bad_gradient_and_stop() -> None:
 
     def asking(self: Torch, *rest: Any) -> Any:
         calls.append(0)
-        if place.is_main and len(calls) == 4:
+        if rank_info.is_main and len(calls) == 4:
             (run / "STOP").touch()
         return real(self, *rest)
 
@@ -124,29 +124,29 @@ def bad_gradient_and_stop() -> None:
 
 
 def exploding_loss() -> None:
-    """One rank's loss is a thousand times what it is, at the 104th update."""
-    real = Engine.update
+    """One rank's loss is a thousand times what it is, at the 104th step."""
+    real = Engine.train_step
 
-    def exploding(self: Engine, update: int, *rest: Any) -> Any:
-        factor = 1000.0 if is_last and update == 103 else 1.0
+    def exploding(self: Engine, step: int, *rest: Any) -> Any:
+        factor = 1000.0 if is_last and step == 103 else 1.0
         hook = self.raw_model.register_forward_hook(lambda *call: (call[-1][0] * factor, call[-1][1]))
-        outcome = real(self, update, *rest)
+        result = real(self, step, *rest)
         hook.remove()
-        return outcome
+        return result
 
-    Engine.update = exploding  # type: ignore[method-assign]
+    Engine.train_step = exploding  # type: ignore[method-assign]
 
 
 def hanging_rank() -> None:
-    """One rank never comes to its fourth update."""
-    real = Engine.update
+    """One rank never comes to its fourth step."""
+    real = Engine.train_step
 
-    def hanging(self: Engine, update: int, *rest: Any) -> Any:
-        while is_last and update == 3:
+    def hanging(self: Engine, step: int, *rest: Any) -> Any:
+        while is_last and step == 3:
             time.sleep(1)
-        return real(self, update, *rest)
+        return real(self, step, *rest)
 
-    Engine.update = hanging  # type: ignore[method-assign]
+    Engine.train_step = hanging  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

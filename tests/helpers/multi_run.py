@@ -1,8 +1,8 @@
 """Several runs of scripts/pretrain.py in one launch: most of a short run's time goes into imports and joining.
 
 accelerate launch ... tests/helpers/multi_run.py JOBS.json, where that is a list of {"run_dir", "arguments", "poisoned", "source", "until"}.
-In a poisoned run, the last rank's loss is NaN at those calls of Engine.update. Where there is a source, the run goes on from what that run directory was
-after so many updates. What only large or long runs come across comes soon: collectives for some parameters at a time, and changes of fp16's loss scale.
+In a poisoned run, the last rank's loss is NaN at those calls of Engine.train_step. Where there is a source, the run goes on from what that run directory was
+after so many steps. What only large or long runs come across comes soon: collectives for some parameters at a time, and changes of fp16's loss scale.
 """
 
 import itertools
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from kantai.checkpoint.store import CheckpointStore
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.data.loader import MicroBatch
-from kantai.distributed.engine import Engine, Outcome
+from kantai.distributed.engine import Engine, StepResult
 from kantai.distributed.loss_scale import LossScale
 from kantai.optim import optimizer as optim
 
 ROOT = Path(__file__).parents[2]
-place = Place.from_environment()
-close, update = Engine.close, Engine.update
+rank_info = RankInfo.from_environment()
+close, step = Engine.close, Engine.train_step
 last: list[Engine] = []
 optim._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
 
@@ -32,30 +32,30 @@ optim._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
 def poisoned(calls: list[int]) -> Any:
     count = itertools.count()
 
-    def update_poisoned(self: Engine, number: int, micro_batches: Sequence[MicroBatch], *rest: Any) -> Outcome:
-        hooked = next(count) in calls and place.rank == place.world_size - 1
+    def step_poisoned(self: Engine, number: int, micro_batches: Sequence[MicroBatch], *rest: Any) -> StepResult:
+        hooked = next(count) in calls and rank_info.rank == rank_info.world_size - 1
         hook = (
             self.raw_model.register_forward_hook(lambda *all_of_it: (all_of_it[-1][0] * float("nan"), all_of_it[-1][1])) if hooked else None
         )
-        outcome = update(self, number, micro_batches, *rest)
+        result = step(self, number, micro_batches, *rest)
         if hook is not None:
             hook.remove()
-        return outcome
+        return result
 
-    return update_poisoned
+    return step_poisoned
 
 
 def copy(source: Path, until: int, target: Path) -> None:
     """Have rank 0 copy a run directory, without its later checkpoints."""
-    if not place.is_main:
+    if not rank_info.is_main:
         while not target.exists():
             time.sleep(0.01)
         return
     copied = target.with_suffix(".copy")
     shutil.copytree(source, copied)
-    for update in CheckpointStore(copied).updates():
-        if update > until:
-            shutil.rmtree(CheckpointStore(copied).path(update))
+    for step in CheckpointStore(copied).steps():
+        if step > until:
+            shutil.rmtree(CheckpointStore(copied).path(step))
     copied.rename(target)
 
 
@@ -67,7 +67,7 @@ def leave_open(self: Engine) -> None:
 
 Engine.close = leave_open  # type: ignore[method-assign]
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    Engine.update = poisoned(job["poisoned"])  # type: ignore[method-assign]
+    Engine.train_step = poisoned(job["poisoned"])  # type: ignore[method-assign]
     if job["source"] is not None:
         copy(Path(job["source"]), job["until"], Path(job["run_dir"]))
     sys.argv = ["pretrain.py", *job["arguments"], f"--run_dir={job['run_dir']}"]

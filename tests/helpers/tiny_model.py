@@ -9,7 +9,7 @@ from kantai.config.loading import load_config
 from kantai.config.schema import Config
 from tests.helpers.commands import CONFIG
 
-UPDATES = 4
+STEPS = 4
 
 
 def load(*arguments: str) -> Config:
@@ -32,9 +32,9 @@ class Tiny(nn.Module):
 
 
 def gradients() -> Iterator[list[Tensor]]:
-    """Of each update, for all parameters: far from 0 and of different sizes."""
+    """Of each step, for all parameters: far from 0 and of different sizes."""
     torch.manual_seed(2)
-    for _ in range(UPDATES):
+    for _ in range(STEPS):
         yield [torch.randn_like(parameter) * 10.0**number for number, parameter in enumerate(Tiny().parameters(), -5)]
 
 

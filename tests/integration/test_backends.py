@@ -21,7 +21,7 @@ from kantai.storage.atomic import verify
 from kantai.training.run_dir import RunDir
 from tests.helpers.commands import ROOT, TINY, job, metrics, several, state
 
-UPDATES = 6
+STEPS = 6
 BACKENDS = [("cpu", 2), ("cpu", 3), ("zero0", 2), ("small1", 2), ("small2", 2), ("zero2_offload", 2), ("small3", 3), ("zero3_offload", 2)]
 # ZeRO as it is with models of 100 million parameters, of which the tests' have 50,000: all of them split, in several buckets. Stage 1 has every
 # other switch that a DeepSpeed file may turn.
@@ -42,7 +42,7 @@ DROPOUT = ["--model.hidden_dropout_prob=0.1", "--model.attention_probs_dropout_p
 SHAPES = {
     "padded": ["--data.packing=padded"],  # rows, and so micro-batches, of different length
     "stages": [  # of 2, 1 and 3 micro-steps on two ranks
-        "--stages=[{until_update: 2, seq_len: 16, global_batch_size: 20}, {until_update: 4, global_batch_size: 6}]",
+        "--stages=[{until_step: 2, seq_len: 16, global_batch_size: 20}, {until_step: 4, global_batch_size: 6}]",
         "--batch.global_batch_size=18",
         "--batch.micro_batch_size=3",
         "--masking.final_ratio=0.3",
@@ -59,7 +59,7 @@ def arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
     """10 rows in micro-batches of 4: accumulation everywhere, and rows that are empty."""
     data = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
     exact = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
-    length = [f"--training.total_updates={UPDATES}", "--checkpoint.every_updates=2", "--checkpoint.keep=9"]
+    length = [f"--training.max_steps={STEPS}", "--checkpoint.every_steps=2", "--checkpoint.keep=9"]
     return ["--config=configs/quickstart.yaml", *TINY, *data, *exact, *length]
 
 
@@ -93,15 +93,15 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def assert_same_losses(run: Path, reference: Path, loss: float, norm: float) -> None:
-    assert len(metrics(run, "train/loss")) == UPDATES
+    assert len(metrics(run, "train/loss")) == STEPS
     assert metrics(run, "train/loss") == pytest.approx(metrics(reference, "train/loss"), abs=loss)
     assert metrics(run, "train/grad_norm") == pytest.approx(metrics(reference, "train/grad_norm"), abs=norm)
     assert metrics(run, "held_out/loss") == pytest.approx(metrics(reference, "held_out/loss"), abs=loss)
 
 
-def assert_same_state(run: Path, reference: Path, update: int = UPDATES) -> None:
+def assert_same_state(run: Path, reference: Path, step: int = STEPS) -> None:
     """All weights and moments of a checkpoint."""
-    ours, theirs = state(run, update), state(reference, update)
+    ours, theirs = state(run, step), state(reference, step)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert abs(tensor - theirs[name]).max() <= 1e-4, name
@@ -135,21 +135,21 @@ def test_every_backend_trains_as_one_process_does(
         assert_same_losses(run / name, references / reference, *TOLERANCE["fp32"])
         assert_same_state(run / name, references / reference)
 
-    # One rank's NaN: nobody steps at that update, and all go on.
+    # One rank's NaN: nobody steps at that step, and all go on.
     assert_same_state(run / "poisoned", references / "poisoned")
     assert metrics(run / "poisoned", "train/loss")[4:] == pytest.approx(metrics(references / "poisoned", "train/loss")[4:], abs=1e-5)
 
     # The same world and backend: to the last bit.
-    straight, again = (CheckpointStore(run / name).path(UPDATES) for name in ("dropout", "dropout-again"))
+    straight, again = (CheckpointStore(run / name).path(STEPS) for name in ("dropout", "dropout-again"))
     assert verify(again)["files"] == verify(straight)["files"]
 
 
 def test_one_run_passed_from_backend_to_backend(arguments: list[str], tmp_path: Path) -> None:
-    """Every two updates another backend and world takes over; at the end it is the run of one process, moments, loss scale and all."""
+    """Every two steps another backend and world takes over; at the end it is the run of one process, moments, loss scale and all."""
     relay: list[tuple[str | None, int]] = [("zero2", 2), ("zero3", 3), ("zero1", 2), ("cpu", 2), (None, 1)]
     total = 2 * len(relay)
     how = {
-        precision: [*arguments, f"--training.total_updates={total}", "--optimizer.name=muon", f"--training.precision={precision}"]
+        precision: [*arguments, f"--training.max_steps={total}", "--optimizer.name=muon", f"--training.precision={precision}"]
         for precision in ("fp32", "fp16")
     }
     one, run = tmp_path / "one", tmp_path / "relay"

@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Callable[[Workshop], tuple[object, ...]], str]] = {
     "wrong type": (lambda w: w.pretrain("--batch.global_batch_size=many"), "batch.global_batch_size"),
     "wrong range": (lambda w: w.pretrain("--masking.ratio=1.5"), "masking.ratio"),
     "no such packing": (lambda w: w.pretrain("--data.packing=tight"), "data.packing"),
-    "long warm-up": (lambda w: w.pretrain("--optimizer.warmup_updates=9999"), "optimizer.warmup_updates 9999 is not less"),
+    "long warm-up": (lambda w: w.pretrain("--optimizer.warmup_steps=9999"), "optimizer.warmup_steps 9999 is not less"),
     "loose argument": (lambda w: w.pretrain("--fast"), "--section.key=value"),
     "prompt without mask": (lambda w: w.pretrain('--evaluation.prompts=["I think"]'), "must have exactly one <mask>"),
     "no shards": (lambda w: w.pretrain(f"--data.shards={w.folder / 'nothing'}"), "no shards at"),
@@ -120,7 +120,7 @@ def test_one_line_and_exit_code_2(case: str, workshop: Workshop) -> None:
 
 
 def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> None:
-    _, *arguments = workshop.pretrain("--training.total_updates=2")
+    _, *arguments = workshop.pretrain("--training.max_steps=2")
     arguments = arguments[2 + len(TINY) :]
     pretrain(None, *arguments)
     before = {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()}

@@ -16,14 +16,14 @@ from kantai.storage.atomic import verify
 from kantai.training.run_dir import open_saved_run
 from tests.helpers.commands import ENVIRONMENT, ROOT, kill_at_once, metrics, pretrain, script
 
-UPDATES = 5
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
 def run(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("line") / "run"
     where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={folder}"]
-    pretrain(None, *where, f"--training.total_updates={UPDATES}", "--evaluation.every_updates=2", "--checkpoint.every_updates=2")
+    pretrain(None, *where, f"--training.max_steps={STEPS}", "--evaluation.every_steps=2", "--checkpoint.every_steps=2")
     return folder
 
 
@@ -37,11 +37,11 @@ def model_dir(run: Path) -> Path:
 
 def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
     for name in ("loss", "accuracy", "perplexity", "learning_rate", "grad_norm"):
-        assert len(metrics(run, f"train/{name}")) == UPDATES
+        assert len(metrics(run, f"train/{name}")) == STEPS
     assert all(0 < mfu < 2 for mfu in metrics(run, "speed/mfu"))
     assert all(0 < goodput < 1 for goodput in metrics(run, "speed/goodput"))
-    for name in ("speed/tokens_per_second", "speed/data_wait_seconds", "speed/update_seconds"):
-        assert len(metrics(run, name)) == UPDATES
+    for name in ("speed/tokens_per_second", "speed/data_wait_seconds", "speed/step_seconds"):
+        assert len(metrics(run, name)) == STEPS
     assert len(metrics(run, "held_out/loss")) == len(metrics(run, "memory/peak_gib")) == 3
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     for name in ("train/loss", "speed/goodput"):
@@ -51,7 +51,7 @@ def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
 
 
 def test_retention_keeps_the_last_ones(run: Path) -> None:
-    assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == ["update-00000002", "update-00000004", "update-00000005"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == ["step-00000002", "step-00000004", "step-00000005"]
 
 
 def test_evaluate_says_what_training_said(run: Path) -> None:
@@ -64,9 +64,9 @@ def test_evaluate_says_what_training_said(run: Path) -> None:
 
 def test_the_exported_folder_is_stock_complete_and_the_trained_model(run: Path, model_dir: Path) -> None:
     verify(model_dir)
-    opened, update = open_saved_run(run)
+    opened, step = open_saved_run(run)
     trained = build_model(opened.config, opened.data.vocabulary)
-    load_weights(trained, opened.store.path(update))
+    load_weights(trained, opened.store.path(step))
     loaded, tokenizer = AutoModelForMaskedLM.from_pretrained(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
     assert type(loaded).__name__ == "RobertaForMaskedLM"
     inputs = tokenizer("The value of the <mask> is an object.", return_tensors="pt")
@@ -111,7 +111,7 @@ def test_a_mask_beyond_the_models_sight_is_said(model_dir: Path) -> None:
 
 
 def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpus_file: Path, tmp_path: Path) -> None:
-    """In a copy of the repository, with its .venv; a few updates instead of minutes of them."""
+    """In a copy of the repository, with its .venv; a few steps instead of minutes of them."""
     files = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -124,13 +124,13 @@ def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpu
         "scripts/quickstart.sh",
         "--corpus",
         str(corpus_file),
-        "--training.total_updates=50",
-        "--checkpoint.every_updates=5",
-        "--optimizer.warmup_updates=5",
+        "--training.max_steps=50",
+        "--checkpoint.every_steps=5",
+        "--optimizer.warmup_steps=5",
     ]
 
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("runs/*/run/checkpoints/update-*")):
+    while not list(tmp_path.glob("runs/*/run/checkpoints/step-*")):
         assert process.poll() is None
         time.sleep(0.1)
     kill_at_once(process)
@@ -138,8 +138,8 @@ def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpu
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (work,) = tmp_path.glob("runs/*")
-    assert "50 updates, 0 done" not in done.stdout
-    assert "50 updates, " in done.stdout
+    assert "50 steps, 0 done" not in done.stdout
+    assert "50 steps, " in done.stdout
     assert len(metrics(work / "run", "train/loss")) == 50
     for said in ("unigram entropy", "logits equal within", f"runs/{work.name}/model", "tensorboard --logdir"):
         assert said in done.stdout

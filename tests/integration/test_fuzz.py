@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kantai.checkpoint.state import load_weights
 from kantai.checkpoint.store import CheckpointStore
-from kantai.cluster.environment import Place
+from kantai.cluster.environment import RankInfo
 from kantai.config.batch_plan import BatchPlan
 from kantai.config.loading import load_config
 from kantai.data.dataset import open_data
@@ -30,7 +30,7 @@ from kantai.model.roberta import build_model
 from kantai.storage.atomic import MANIFEST, digest, sha256
 from kantai.training.metrics import Metrics
 from kantai.training.run_dir import open_run_dir, open_saved_run
-from kantai.training.skipped_data import PassedOver
+from kantai.training.skipped_data import SkippedData
 from tests.helpers.commands import CONFIG, TINY
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -116,7 +116,7 @@ def reads(place: Path) -> Read:
 
     def read() -> None:
         where = [f"--data.shards={place / 'shards'}", f"--data.tokenizer={place / 'tokenizer'}", f"--run_dir={place / 'run'}"]
-        config = load_config(place / "config.yaml", [*TINY, *where, "--training.total_updates=4", "--training.epochs=null"])
+        config = load_config(place / "config.yaml", [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"])
         data = open_data(config)
         open_run_dir(config, data).newest()
         list(describe_shards(data.shards, data.vocabulary))
@@ -185,18 +185,18 @@ def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     """A run directory with a checkpoint, and an engine that can take it up."""
     run = tmp_path_factory.mktemp("saved") / "run"
     where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={run}"]
-    config = load_config(CONFIG, [*TINY, *where, "--training.total_updates=4", "--training.epochs=null"])
+    config = load_config(CONFIG, [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"])
     run_dir = open_run_dir(config, open_data(config))
     run_dir.create()
-    engine = Engine(config, Place(0, 1, 0), build_model(config, run_dir.data.vocabulary))
+    engine = Engine(config, RankInfo(0, 1, 0), build_model(config, run_dir.data.vocabulary))
     store = run_dir.store
-    store.take_over()
-    for update in (2, 4):
-        store.publish(update, engine.save_state(store.stage(update)), lineage=run_dir.lineage)
+    store.supersede()
+    for step in (2, 4):
+        store.publish(step, engine.save_state(store.begin(step)), lineage=run_dir.lineage)
     metrics = Metrics(run, store, 1, 0.0)
-    metrics.write(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/update_seconds": 1.0})
+    metrics.write(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/step_seconds": 1.0})
     metrics.close()
-    PassedOver.of(run).add(2, 3, store)
+    SkippedData.of(run).add(2, 3, store)
     yield run, engine
     engine.close()
 
@@ -205,10 +205,10 @@ def resumes(run: Path, engine: Engine) -> Read:
     """What a resume and an export read."""
 
     def read() -> None:
-        opened, update = open_saved_run(run)
-        PassedOver.of(run)
-        engine.load_state(opened.store.path(update))
-        load_weights(engine.raw_model, opened.store.path(update))
+        opened, step = open_saved_run(run)
+        SkippedData.of(run)
+        engine.load_state(opened.store.path(step))
+        load_weights(engine.raw_model, opened.store.path(step))
 
     return read
 
@@ -230,7 +230,7 @@ def test_a_run_directory_of_any_bytes(
 
 
 @fuzz
-@given(exchange=exchanges(), name=st.sampled_from(["manifest", "header", "passed_over", "config"]))
+@given(exchange=exchanges(), name=st.sampled_from(["manifest", "header", "skipped_data", "config"]))
 def test_a_run_directory_of_any_values(exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path) -> None:
     run, engine = saved
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -245,9 +245,9 @@ def test_a_run_directory_of_any_values(exchange: Callable[[Any], Any], name: str
         header = json.dumps(exchange(json.loads(content[8 : 8 + size]))).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
         signed_anew(newest)
-    elif name == "passed_over":
-        line = json.loads((tmp_path / "run" / "passed_over.jsonl").read_text())
-        (tmp_path / "run" / "passed_over.jsonl").write_text(json.dumps(exchange(line)) + "\n")
+    elif name == "skipped_data":
+        line = json.loads((tmp_path / "run" / "skipped_data.jsonl").read_text())
+        (tmp_path / "run" / "skipped_data.jsonl").write_text(json.dumps(exchange(line)) + "\n")
     else:
         path = tmp_path / "run" / "config.yaml"
         path.write_text(yaml.safe_dump(exchange(yaml.safe_load(path.read_text()))))
@@ -274,11 +274,11 @@ def test_metrics_of_any_values_are_gone_on_with(
 
 def gone_on_with(run: Path) -> None:
     store = CheckpointStore(run)
-    store.take_over()
+    store.supersede()
     metrics = Metrics(run, store, 2, 0.0)
     metrics.last("train/loss", 5)
     metrics.goodput.add(1.0)
     metrics.write(2, {"train/loss": 1.0})
     metrics.close()
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        assert json.loads(line)["update"] <= 2
+        assert json.loads(line)["step"] <= 2

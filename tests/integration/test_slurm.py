@@ -39,9 +39,9 @@ def data_arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
 
 
 @contextmanager
-def frozen(cluster: Cluster, job: str, run: Path, updates: int) -> Iterator[None]:
-    """Rank 0 stopped once some updates are logged, and the others waiting for it: no machine is too fast for what is to happen there."""
-    cluster.wait_until(lambda: updates_logged(run) >= updates, job=job, poll_seconds=0.005)
+def frozen(cluster: Cluster, job: str, run: Path, steps: int) -> Iterator[None]:
+    """Rank 0 stopped once some steps are logged, and the others waiting for it: no machine is too fast for what is to happen there."""
+    cluster.wait_until(lambda: steps_logged(run) >= steps, job=job, poll_seconds=0.005)
     found = [process for process in rank_0(run) if process.status() != psutil.STATUS_STOPPED]
     for process in found:
         process.send_signal(signal.SIGSTOP)
@@ -81,14 +81,14 @@ def written(run: Path) -> dict[Path, tuple[int, int]]:
     return {path: ((status := path.stat()).st_size, status.st_mtime_ns) for path in found}
 
 
-def updates_logged(run: Path) -> int:
+def steps_logged(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count('"train/loss"') if path.exists() else 0
 
 
 def said(output: str, what: str) -> list[float]:
     """When the batch script said how far the run was and then ``what``, in whole seconds of Unix time."""
-    times = re.findall(rf"^\[(.*?)\] update \d+ of \d+; {what}", output, re.MULTILINE)
+    times = re.findall(rf"^\[(.*?)\] step \d+ of \d+; {what}", output, re.MULTILINE)
     return [datetime.fromisoformat(at).timestamp() for at in times]
 
 
@@ -110,7 +110,7 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
         program.chmod(0o755)
     site = f"PATH={nvidia_smi.parent}:$PATH CONTAINER=({inside}) PREFLIGHT=yes MIN_NODES=2 RANKS_PER_NODE=2"
 
-    how = [*data_arguments, *NO_DROPOUT, "--training.total_updates=6"]
+    how = [*data_arguments, *NO_DROPOUT, "--training.max_steps=6"]
     for folder, size in ((cluster.scratch, "1m"), (tmp_path, "1g")):
         cluster.admin("onnode", "n2", "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
     try:
@@ -139,7 +139,7 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
 
 
 def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: Cluster, data_arguments: list[str], tmp_path: Path) -> None:
-    run, how = tmp_path / "run", [*data_arguments, "--training.total_updates=40"]
+    run, how = tmp_path / "run", [*data_arguments, "--training.max_steps=40"]
     pretrain("cpu", *how, f"--run_dir={tmp_path / 'straight'}")
     start = time.time()
     # SLURM looks every 30 seconds, and signals that much earlier: 10 to 40 seconds after the start. What comes with the start may be lost.
@@ -151,11 +151,11 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: C
         return int(cluster.job(job)["Restarts"]) >= at_least
 
     for number in (1, 2):
-        with frozen(cluster, job, run, updates_logged(run) + 1):  # until SLURM sends the signal before the limit
+        with frozen(cluster, job, run, steps_logged(run) + 1):  # until SLURM sends the signal before the limit
             cluster.wait_until(lambda count=number: cluster.output(job).count("asked to stop: passing") >= count, job=job)
         cluster.wait_until(lambda count=number: restarts(count), job=job)
         assert not list(cluster.scratch.glob("kantai-*"))
-    with frozen(cluster, job, run, updates_logged(run) + 1):  # a job that goes before ours wants the nodes: SIGTERM to all ranks
+    with frozen(cluster, job, run, steps_logged(run) + 1):  # a job that goes before ours wants the nodes: SIGTERM to all ranks
         cluster.run("sbatch", "--partition=urgent", "--nodes=5", "--exclusive", "--output=/dev/null", "--wrap=true")
         cluster.wait_until(lambda: cluster.job(job)["PreemptTime"] != "None", job=job)
     cluster.wait_until(lambda: restarts(3), job=job)
@@ -166,9 +166,9 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: C
         assert metrics(run, name) == metrics(tmp_path / "straight", name)
     shown = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
     assert [(event.step, event.value) for event in shown.Scalars("train/loss")] == [
-        (update, pytest.approx(loss)) for update, loss in enumerate(metrics(run, "train/loss"), 1)
+        (step, pytest.approx(loss)) for step, loss in enumerate(metrics(run, "train/loss"), 1)
     ]
-    allocated = sum(metrics(run, "speed/update_seconds")) / metrics(run, "speed/goodput")[-1]
+    allocated = sum(metrics(run, "speed/step_seconds")) / metrics(run, "speed/goodput")[-1]
     assert allocated < time.time() - start
     # From each start of the job on, not of its processes, which the batch script starts when it has said so; until its last record, which is
     # lost where a start was ended before it could save, but is not from after the launchers' end.
@@ -224,7 +224,7 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
 
 def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_path: Path) -> None:
     """With --nodes=1-2 the job goes on with one node. Unplugged, that one trains on beside the job's third start, and must not write."""
-    run, how = tmp_path / "run", [*data_arguments, *NO_DROPOUT, "--training.total_updates=300", "--checkpoint.every_updates=10"]
+    run, how = tmp_path / "run", [*data_arguments, *NO_DROPOUT, "--training.max_steps=300", "--checkpoint.every_steps=10"]
     with cluster_of(tmp_path / "slurm", nodes=3) as cluster:
 
         def runs_on(nodes: str) -> bool:
@@ -238,13 +238,13 @@ def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_p
             cluster.admin("killnode", "n2")
             cluster.set_down("n2")
             cluster.wait_until(lambda: runs_on("n1"), job=job)
-        with frozen(cluster, job, run, updates_logged(run) + 25):
+        with frozen(cluster, job, run, steps_logged(run) + 25):
             stale = rank_0(run)
             cluster.admin("startnode", "n3")
             cluster.admin("unplug", "n1")
             cluster.set_down("n1")
             cluster.wait_until(lambda: runs_on("n3"), job=job)
-            with frozen(cluster, job, run, updates_logged(run) + 1):
+            with frozen(cluster, job, run, steps_logged(run) + 1):
                 before = written(run)
                 thaw(stale)
                 cluster.wait_until(lambda: not any(process.is_running() for process in stale), job=job)
@@ -252,8 +252,8 @@ def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_p
         assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.all_logs()
     pretrain(None, *how, f"--run_dir={tmp_path / 'one'}")
     assert metrics(run, "train/loss") == pytest.approx(metrics(tmp_path / "one", "train/loss"), abs=1e-3)
-    for update in CheckpointStore(run).updates():
-        verify(CheckpointStore(run).path(update))
+    for step in CheckpointStore(run).steps():
+        verify(CheckpointStore(run).path(step))
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_sixty_four_nodes_know_their_places_and_a_run_that_comes_to_nothing_is_g
         assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
         printed = cluster.output(job)
         assert printed.count("RuntimeError: no such luck") == 2
-        assert "gave up: 2 starts without a checkpoint after update 0" in printed
+        assert "gave up: 2 starts without a checkpoint after step 0" in printed
         ports = set()
         for attempt in (0, 1):
             logs = cluster.logs / f"pretrain-{job}" / f"attempt-0.{attempt}"

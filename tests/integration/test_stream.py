@@ -12,39 +12,39 @@ from kantai.config.loading import load_config
 from kantai.config.schema import Config
 from kantai.data.batches import Batch
 from kantai.data.dataset import Data, open_data
-from kantai.data.inspect import hash_stream, hash_update
+from kantai.data.inspect import hash_step, hash_stream
 from kantai.data.loader import stream
 from tests.helpers.commands import CONFIG
 
-UPDATES = 200
+STEPS = 200
 RESUMED_AT = (0, 57, 131)  # the first resume at the end of a stage
 
 
 @pytest.fixture(scope="module")
 def config(many_shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Config]:
-    """Two stages, windows of a few shards, and more updates than an epoch has."""
+    """Two stages, windows of a few shards, and more steps than an epoch has."""
 
     def load(*changes: str) -> Config:
         settings = [f"--data.shards={many_shards_dir}", f"--data.tokenizer={tokenizer_dir}", "--data.shuffle_window=3", "--seed=5"]
-        stages = "--stages=[{until_update: 57, seq_len: 16, global_batch_size: 11}]"
-        sizes = ["--data.seq_len=32", "--batch.global_batch_size=24", f"--training.total_updates={UPDATES}", stages]
+        stages = "--stages=[{until_step: 57, seq_len: 16, global_batch_size: 11}]"
+        sizes = ["--data.seq_len=32", "--batch.global_batch_size=24", f"--training.max_steps={STEPS}", stages]
         return load_config(CONFIG, [*settings, *sizes, *changes])
 
     return load
 
 
 def hash_of_run(data: Data, world_size: int, workers: int, starts: tuple[int, ...]) -> str:
-    """The hash of what all ranks are given by a run's own loader, started again at some updates."""
+    """The hash of what all ranks are given by a run's own loader, started again at some steps."""
     batches = data.training_batches(world_size)
-    dealt: list[list[list[Batch]]] = [[] for _ in range(UPDATES)]  # by update, rank, micro-step
-    for first, stop in itertools.pairwise([*starts, UPDATES]):
-        ranks = [stream(batches, rank, first, UPDATES, workers) for rank in range(world_size)]
+    dealt: list[list[list[Batch]]] = [[] for _ in range(STEPS)]  # by step, rank, micro-step
+    for first, stop in itertools.pairwise([*starts, STEPS]):
+        ranks = [stream(batches, rank, first, STEPS, workers) for rank in range(world_size)]
         # A run that is interrupted has had more prepared than it did.
         for of_ranks in itertools.islice(zip(*ranks, strict=True), stop - first):
             dealt[of_ranks[0][0]] = [[micro_batch.batch for micro_batch in found] for _, found, _ in of_ranks]
     digest = hashlib.sha256()
-    for update, of_ranks in enumerate(dealt):
-        hash_update(digest, itertools.chain.from_iterable(of_ranks), batches.stage(update).plan.global_batch_size, batches.pad_id)
+    for step, of_ranks in enumerate(dealt):
+        hash_step(digest, itertools.chain.from_iterable(of_ranks), batches.stage_at(step).plan.global_batch_size, batches.pad_id)
     return digest.hexdigest()
 
 
@@ -65,4 +65,4 @@ def test_one_stream_for_every_world_micro_batch_worker_count_resume_and_place(
             found[bool(places), micro, world_size, starts] = hash_of_run(data, world_size, workers, starts)
     assert len(found) == 40
     local = open_data(config())
-    assert set(found.values()) == {hash_stream(local.training_batches(1), 0, UPDATES)}
+    assert set(found.values()) == {hash_stream(local.training_batches(1), 0, STEPS)}

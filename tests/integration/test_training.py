@@ -33,7 +33,7 @@ from tests.helpers.commands import (
     state,
 )
 
-UPDATES = 6
+STEPS = 6
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
 
 
@@ -42,8 +42,8 @@ def data_arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
     return [
         f"--data.shards={shards_dir}",
         f"--data.tokenizer={tokenizer_dir}",
-        f"--training.total_updates={UPDATES}",
-        "--checkpoint.every_updates=2",
+        f"--training.max_steps={STEPS}",
+        "--checkpoint.every_steps=2",
     ]
 
 
@@ -56,11 +56,11 @@ def reference(data_arguments: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 def assert_same_run(run: Path, reference: Path, tolerance: float) -> None:
-    """Losses and gradient norms of all updates, and the last weights and moments."""
+    """Losses and gradient norms of all steps, and the last weights and moments."""
     assert metrics(run, "train/loss") == pytest.approx(metrics(reference, "train/loss"), abs=tolerance)
     assert metrics(run, "train/grad_norm") == pytest.approx(metrics(reference, "train/grad_norm"), abs=10 * tolerance)
     assert metrics(run, "held_out/loss") == pytest.approx(metrics(reference, "held_out/loss"), abs=tolerance)
-    ours, theirs = state(run, UPDATES), state(reference, UPDATES)
+    ours, theirs = state(run, STEPS), state(reference, STEPS)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert abs(tensor - theirs[name]).max() <= 10 * tolerance, name
@@ -69,7 +69,7 @@ def assert_same_run(run: Path, reference: Path, tolerance: float) -> None:
 def test_compiled_a_run_is_the_same_and_each_stage_has_code_for_its_own_sizes(data_arguments: list[str], tmp_path: Path) -> None:
     """Code for sizes that vary would be slower; PyTorch makes it when it sees a second size."""
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    arguments = (*data_arguments, *NO_DROPOUT, "--stages=[{until_update: 3, seq_len: 16}]")
+    arguments = (*data_arguments, *NO_DROPOUT, "--stages=[{until_step: 3, seq_len: 16}]")
     pretrain(None, *arguments, f"--run_dir={plain}")
     done = subprocess.run(
         pretrain_command(None, *arguments, "--training.compile=true", f"--run_dir={compiled}"),
@@ -88,8 +88,8 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(data_argu
     checkpoints = killed / "checkpoints"
     moments = [
         (killed / "metrics.jsonl").exists,  # before the first checkpoint
-        lambda: any(checkpoints.glob(".attempt-*/update-*/state-*")),  # within a save
-        (checkpoints / "update-00000004").exists,  # just after one
+        lambda: any(checkpoints.glob(".attempt-*/step-*/state-*")),  # within a save
+        (checkpoints / "step-00000004").exists,  # just after one
     ]
     start = time.time()
     for moment in moments:
@@ -103,10 +103,10 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(data_argu
     pretrain("cpu", *data_arguments, f"--run_dir={killed}")
     for name in ("train/loss", "train/grad_norm", "held_out/loss"):
         assert metrics(killed, name) == metrics(straight, name)
-    before, after = CheckpointStore(straight).path(UPDATES), CheckpointStore(killed).path(UPDATES)
+    before, after = CheckpointStore(straight).path(STEPS), CheckpointStore(killed).path(STEPS)
     assert verify(before)["files"] == verify(after)["files"]
-    assert len(CheckpointStore(killed).updates()) == 3
-    allocated = sum(metrics(killed, "speed/update_seconds")) / metrics(killed, "speed/goodput")[-1]
+    assert len(CheckpointStore(killed).steps()) == 3
+    allocated = sum(metrics(killed, "speed/step_seconds")) / metrics(killed, "speed/goodput")[-1]
     starts = [json.loads(line) for line in (killed / "starts.jsonl").read_text().splitlines()]
     before_each = [start["seconds_before"] for start in starts]
     assert before_each == sorted(before_each)
@@ -116,8 +116,8 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(data_argu
 
 @contextlib.contextmanager
 def endless(launcher: str | None, run: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A run without an end that has done its first update."""
-    long = ["--training.total_updates=100000", "--checkpoint.every_updates=100000", "--evaluation.every_updates=100000"]
+    """A run without an end that has done its first step."""
+    long = ["--training.max_steps=100000", "--checkpoint.every_steps=100000", "--evaluation.every_steps=100000"]
     with subprocess.Popen(
         pretrain_command(launcher, *arguments, *long, f"--run_dir={run}"),
         cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -138,8 +138,8 @@ def test_sigterm_to_the_launcher_saves_and_the_run_goes_on(data_arguments: list[
     with endless("cpu", run, *data_arguments, "--data.workers=2") as process:
         process.terminate()
         printed, _ = process.communicate(timeout=120)
-    (saved,) = CheckpointStore(run).updates()
-    assert f"asked to stop (SIGTERM came): saved update {saved}" in printed
+    (saved,) = CheckpointStore(run).steps()
+    assert f"asked to stop (SIGTERM came): saved step {saved}" in printed
     assert len(metrics(run, "train/loss")) == saved
 
 
@@ -150,7 +150,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(how: str
     with endless(None, run, *data_arguments, **environment) as process:
         if how == "file":
             (run / "SAVE").touch()
-            while not CheckpointStore(run).updates():
+            while not CheckpointStore(run).steps():
                 time.sleep(0.05)
             assert process.poll() is None
             (run / "STOP").touch()
@@ -158,8 +158,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(how: str
             process.send_signal(signal.SIGUSR1)
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed
-    saved = CheckpointStore(run).updates()[-1]
-    assert f"saved update {saved} of 100000; the same command goes on" in printed
+    saved = CheckpointStore(run).steps()[-1]
+    assert f"saved step {saved} of 100000; the same command goes on" in printed
     assert len(metrics(run, "train/loss")) == saved
     assert not {"SAVE", "STOP"} & {path.name for path in run.iterdir()}
 
@@ -184,8 +184,8 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(data_arguments: list[str
         ranks[1].kill()
         printed, _ = process.communicate(timeout=120)
     assert "asked to stop again: ending at once" in printed
-    for update in CheckpointStore(run).updates():
-        verify(CheckpointStore(run).path(update))
+    for step in CheckpointStore(run).steps():
+        verify(CheckpointStore(run).path(step))
 
 
 def test_a_rank_that_dies_ends_all(data_arguments: list[str], tmp_path: Path) -> None:
@@ -215,28 +215,28 @@ def test_a_run_that_was_taken_over_writes_nothing_more(data_arguments: list[str]
     run = tmp_path / "run"
     with endless(None, run, *data_arguments) as first, endless(None, run, *data_arguments) as second:
         printed, _ = first.communicate(timeout=60)
-        assert first.returncode == 2 and "has been taken over by a later start of the run: this one ends" in printed
+        assert first.returncode == 2 and "has been superseded by a later start of the run: this one ends" in printed
         second.terminate()
         second.communicate(timeout=60)
         assert second.returncode == 75
-    (saved,) = CheckpointStore(run).updates()
+    (saved,) = CheckpointStore(run).steps()
     assert len(metrics(run, "train/loss")) == saved
 
 
 def test_bad_numbers_are_skipped_rolled_back_and_passed_over_in_a_way_that_replays(data_arguments: list[str], tmp_path: Path) -> None:
-    """Three NaNs in a row on one of two ranks, then the same again; a run that knows what to pass over has the same bits without them."""
+    """Three NaNs in a row on one of two ranks, then the same again; a run that knows what to skip has the same bits without them."""
     how, replayed = (
-        ["--config=configs/quickstart.yaml", *TINY, *data_arguments, "--training.total_updates=12", "--checkpoint.keep=9"],
+        ["--config=configs/quickstart.yaml", *TINY, *data_arguments, "--training.max_steps=12", "--checkpoint.keep=9"],
         tmp_path / "replayed",
     )
     printed = several("cpu", 2, tmp_path, [job(tmp_path / "bad", *how, poisoned=[5, 6, 7, 9, 10, 11])])
-    assert printed.count("back to update 4; the data of updates 4 to 7 is passed over") == 2
-    windows = [json.loads(line) for line in (tmp_path / "bad" / "passed_over.jsonl").read_text().splitlines()]
-    assert windows == [{"from_update": 4, "first": first, "stop": first + 4} for first in (4, 8)]
+    assert printed.count("back to step 4; the data of steps 4 to 7 is skipped") == 2
+    windows = [json.loads(line) for line in (tmp_path / "bad" / "skipped_data.jsonl").read_text().splitlines()]
+    assert windows == [{"from_step": 4, "first": first, "stop": first + 4} for first in (4, 8)]
     replayed.mkdir()
     shutil.copytree(CheckpointStore(tmp_path / "bad").path(2), CheckpointStore(replayed).path(2))
     shutil.copy(tmp_path / "bad" / "config.yaml", replayed)
-    shutil.copy(tmp_path / "bad" / "passed_over.jsonl", replayed)
+    shutil.copy(tmp_path / "bad" / "skipped_data.jsonl", replayed)
     several("cpu", 2, tmp_path, [job(replayed, *how)])
     files = [verify(CheckpointStore(run).path(12))["files"] for run in (tmp_path / "bad", replayed)]
     assert files[0] == files[1]
@@ -250,9 +250,9 @@ def test_a_bit_that_changes_in_one_ranks_weights_is_noticed(data_arguments: list
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert f"rank 2 ({platform.node()}) has other weights than the rest" in done.stderr
-    assert CheckpointStore(tmp_path / "run").updates() == [2, 4]
+    assert CheckpointStore(tmp_path / "run").steps() == [2, 4]
     pretrain("cpu", *how, processes=3)
-    assert len(metrics(tmp_path / "run", "train/loss")) == UPDATES
+    assert len(metrics(tmp_path / "run", "train/loss")) == STEPS
 
 
 def test_what_one_rank_alone_finds_bad_all_skip(data_arguments: list[str], tmp_path: Path) -> None:
@@ -261,11 +261,11 @@ def test_what_one_rank_alone_finds_bad_all_skip(data_arguments: list[str], tmp_p
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "run", "train/skipped") == [0, 0, 0, 1, 0, 0]
-    assert CheckpointStore(tmp_path / "run").updates() == [2, 6]
+    assert CheckpointStore(tmp_path / "run").steps() == [2, 6]
 
 
 def test_a_loss_that_explodes_is_skipped(data_arguments: list[str], tmp_path: Path) -> None:
-    long = ["--training.total_updates=106", "--checkpoint.every_updates=50"]
+    long = ["--training.max_steps=106", "--checkpoint.every_steps=50"]
     how = ["--config=configs/quickstart.yaml", *TINY, *data_arguments, *long, f"--run_dir={tmp_path / 'run'}"]
     command = launch_command("cpu", 2, "tests/helpers/faults.py", "exploding_loss", "pretrain", *how)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
@@ -279,9 +279,9 @@ def test_a_run_stops_and_saves_behind_bad_numbers_and_not_within_them(data_argum
     how = ["--config=configs/quickstart.yaml", *TINY, *data_arguments, f"--run_dir={run}"]
     command = launch_command("cpu", 2, "tests/helpers/faults.py", "bad_gradient_and_stop", "pretrain", *how)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert f"saved update 5 of {UPDATES}" in done.stdout
+    assert f"saved step 5 of {STEPS}" in done.stdout
     assert metrics(run, "train/skipped") == [0, 0, 0, 1, 0]
-    assert CheckpointStore(run).updates() == [2, 5]
+    assert CheckpointStore(run).steps() == [2, 5]
     assert not (run / "STOP").exists()
 
 
@@ -300,7 +300,7 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(data_arguments: list[s
     """Of 3 MB there is room for four checkpoints. And a limit that no look at the free space shows, as a quota is: one file ends half-way."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
-    mine = pretrain_command(None, *data_arguments, "--checkpoint.every_updates=1", "--checkpoint.keep=9", f"--run_dir={disk / 'run'}")
+    mine = pretrain_command(None, *data_arguments, "--checkpoint.every_steps=1", "--checkpoint.keep=9", f"--run_dir={disk / 'run'}")
     mount = [
         "unshare",
         "--map-root-user",
@@ -315,7 +315,7 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(data_arguments: list[s
     assert full.returncode == 2, full.stderr
     assert re.search(r"^error: .* GB free and a checkpoint takes 0\.0: free .* GB more, or lower checkpoint.keep", full.stderr)
     store = CheckpointStore(kept / "run")
-    assert store.updates() == [1, 2, 3, 4]
+    assert store.steps() == [1, 2, 3, 4]
     assert store.newest_valid() is not None
 
     run = tmp_path / "run"
@@ -325,24 +325,24 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(data_arguments: list[s
     )
     assert limited.returncode == 2, limited.stderr
     assert "checkpoint 2 could not be written by rank 0" in limited.stderr and "the one before is good" in limited.stderr
-    assert CheckpointStore(run).updates() == []
+    assert CheckpointStore(run).steps() == []
 
 
 def test_a_finished_run_is_left_as_it_is(reference: Path, data_arguments: list[str]) -> None:
     before = (reference / "metrics.jsonl").read_bytes()
     printed = pretrain(None, *data_arguments, *NO_DROPOUT, f"--run_dir={reference}")
-    assert f"{UPDATES} of {UPDATES} updates done" in printed
+    assert f"{STEPS} of {STEPS} steps done" in printed
     assert (reference / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reference: Path, data_arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference, run)
-    (damaged,) = CheckpointStore(run).path(UPDATES).glob("*.safetensors")
+    (damaged,) = CheckpointStore(run).path(STEPS).glob("*.safetensors")
     damaged.write_bytes(bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
     printed = pretrain(None, *data_arguments, *NO_DROPOUT, f"--run_dir={run}", "--batch.micro_batch_size=10")
-    assert f"checkpoint {UPDATES} is damaged" in printed
-    assert f"{UPDATES} updates, 4 done" in printed
+    assert f"checkpoint {STEPS} is damaged" in printed
+    assert f"{STEPS} steps, 4 done" in printed
     assert metrics(run, "train/loss") == metrics(reference, "train/loss")
 
 
@@ -354,16 +354,16 @@ def test_loader_processes_change_nothing(reference: Path, data_arguments: list[s
 
 def test_stages_train_alike_over_a_resume_on_more_ranks(data_arguments: list[str], tmp_path: Path) -> None:
     """Three stages, of 2, 1 and 3 micro-steps on two ranks; the second run is stopped at the end of the second."""
-    stages = "--stages=[{until_update: 2, seq_len: 16, global_batch_size: 20}, {until_update: 4, global_batch_size: 6}]"
+    stages = "--stages=[{until_step: 2, seq_len: 16, global_batch_size: 20}, {until_step: 4, global_batch_size: 6}]"
     how = [*data_arguments, *NO_DROPOUT, stages, "--batch.global_batch_size=18", "--batch.micro_batch_size=3", "--masking.final_ratio=0.3"]
     pretrain(None, *how, f"--run_dir={tmp_path / 'one'}")
     printed = pretrain("zero3", *how, f"--run_dir={tmp_path / 'two'}")
-    assert "from update 0 on: 20 sequences an update = 2 ranks x 2 micro-steps x 5" in printed
-    assert "from update 4 on: 18 sequences an update = 2 ranks x 3 micro-steps x 3" in printed
+    assert "from step 0 on: 20 sequences a step = 2 ranks x 2 micro-steps x 5" in printed
+    assert "from step 4 on: 18 sequences a step = 2 ranks x 3 micro-steps x 3" in printed
 
-    shutil.rmtree(CheckpointStore(tmp_path / "two").path(UPDATES))
+    shutil.rmtree(CheckpointStore(tmp_path / "two").path(STEPS))
     printed = pretrain("cpu", *how, f"--run_dir={tmp_path / 'two'}", processes=3)
-    assert f"{UPDATES} updates, 4 done" in printed
+    assert f"{STEPS} steps, 4 done" in printed
     assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5)
 
 

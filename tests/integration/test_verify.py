@@ -13,8 +13,8 @@ from tests.helpers.commands import CONFIG, ENVIRONMENT, ROOT, TINY, launch_comma
 
 @pytest.fixture(scope="module")
 def arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
-    data = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", "--run_dir=unused", "--training.total_updates=100"]
-    return ["--config=configs/quickstart.yaml", *TINY, *data, "--updates=2"]
+    data = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", "--run_dir=unused", "--training.max_steps=100"]
+    return ["--config=configs/quickstart.yaml", *TINY, *data, "--steps=2"]
 
 
 def verify(launcher: str | None, program: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ def test_it_holds(launcher: str | None, backend: str, settings: list[str], argum
     assert sizes and max(sizes) <= load_config(CONFIG, [*arguments[1:-1], *settings]).batch.micro_batch_size
     assert [path.name for path in tmp_path.iterdir()] == ["certificate.json"]
     hashed = subprocess.run(
-        launch_command(None, 1, "scripts/inspect_data.py", "--hash", 0, 2, *(each for each in [*arguments, *settings] if each != "--updates=2")),
+        launch_command(None, 1, "scripts/inspect_data.py", "--hash", 0, 2, *(each for each in [*arguments, *settings] if each != "--steps=2")),
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=True,
     )  # fmt: skip
     assert certificate["stream_sha256"] in hashed.stdout

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kantai.optim import optimizer as optim
-from kantai.optim.optimizer import Held, Part, build_optimizer
+from kantai.optim.optimizer import ParamSlice, ShardedTensor, build_optimizer
 from tests.helpers.tiny_model import Tiny, load, trained
 
 
@@ -32,10 +32,10 @@ def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(monkey
         parts, begin = [], 0
         for name, whole in enumerate(wholes):
             start, end = (min(max(place, begin), begin + whole.numel()) for place in (first, last))
-            parts.append(Part(str(name), tuple(whole.shape), start - begin, start - first if end > start else 0, end - start))
+            parts.append(ParamSlice(str(name), tuple(whole.shape), start - begin, start - first if end > start else 0, end - start))
             begin += whole.numel()
         values = flat[first:last]
-        sums.append(list(optimizer.whole(Held(values, "adamw", parts), values)))
+        sums.append(list(optimizer.whole(ShardedTensor(values, "adamw", parts), values)))
     assert buckets == 2 * [110, 173, 6]
     for whole, (part, one), (_, other) in zip(wholes, *sums, strict=True):
         assert torch.equal(one + other, whole), part
@@ -47,13 +47,13 @@ def test_a_step_that_was_called_off_changes_nothing(name: str) -> None:
     optimizer = build_optimizer(model, load(f"--optimizer.name={name}").optimizer)
     trained(optimizer, model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    moments = [{key: value.clone() for key, value in optimizer.moments(held).items()} for held in optimizer.held]
+    moments = [{key: value.clone() for key, value in optimizer.moments(sharded).items()} for sharded in optimizer.sharded]
     steps = [state["step"].clone() for state in optimizer.state.values() if "step" in state]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    for held, kept in zip(optimizer.held, moments, strict=True):
-        assert all(torch.equal(value, kept[key]) for key, value in optimizer.moments(held).items())
+    for sharded, kept in zip(optimizer.sharded, moments, strict=True):
+        assert all(torch.equal(value, kept[key]) for key, value in optimizer.moments(sharded).items())
     assert [state["step"] for state in optimizer.state.values() if "step" in state] == steps

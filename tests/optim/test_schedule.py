@@ -1,4 +1,4 @@
-"""The learning rate follows the update."""
+"""The learning rate follows the step."""
 
 import pytest
 
@@ -18,9 +18,9 @@ def test_learning_rates(schedule: str, rates: dict[int, float]) -> None:
     arguments = [
         f"--optimizer.schedule={schedule}",
         "--optimizer.learning_rate=1",
-        "--optimizer.warmup_updates=4",
-        "--optimizer.decay_updates=4",
+        "--optimizer.warmup_steps=4",
+        "--optimizer.decay_steps=4",
     ]
     config = load(*arguments)
-    for update, rate in rates.items():
-        assert learning_rate(config.optimizer, update, 14) == pytest.approx(rate, rel=1e-5)
+    for step, rate in rates.items():
+        assert learning_rate(config.optimizer, step, 14) == pytest.approx(rate, rel=1e-5)

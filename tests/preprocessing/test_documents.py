@@ -235,7 +235,7 @@ def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path,
 
 @pytest.mark.parametrize("prefix", ["", "hub:"])
 def test_endless_records_are_refused(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kantai.preprocessing.lines, "MOST_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(kantai.preprocessing.lines, "MAX_DOCUMENT_BYTES", 1000)
     pq.write_table(pa.table({"text": ["x" * 1000, "y" * 1001]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="record 2: a document longer than 256 MiB"):
         list(documents(pieces(find_files([prefix + str(tmp_path / ("" if prefix else "a.parquet"))]))[0]))
@@ -284,7 +284,7 @@ def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, b
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.preprocessing.lines, "_BLOCK_BYTES", block)
         patch.setattr(kantai.preprocessing.lines, "_TAIL_BYTES", block)
-        patch.setattr("kantai.preprocessing.documents._MOST_MENDED", 1.0)
+        patch.setattr("kantai.preprocessing.documents._MAX_REPAIRED", 1.0)
         (file,) = find_files([str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))])
         whole, parts = Report(), Report()
         expected = list(documents((Span(file, 0, file.size),), unit, report=whole))
@@ -294,8 +294,8 @@ def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, b
     assert parts.first.keys() == whole.first.keys()
     if unit == "line":
         lines = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").split(b"\n")
-        mended = [line.decode(errors="replace").replace("\0", "\ufffd") for line in lines]
-        assert expected == [line for line in mended if line.strip()]
+        repaired = [line.decode(errors="replace").replace("\0", "\ufffd") for line in lines]
+        assert expected == [line for line in repaired if line.strip()]
 
 
 def test_places_in_later_spans_are_bytes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lines are what stands between newlines, of bounded length, mended where few bytes are spoiled."""
+"""Lines are what stands between newlines, of bounded length, repaired where few bytes are spoiled."""
 
 import dataclasses
 import gzip

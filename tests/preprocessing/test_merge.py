@@ -64,7 +64,7 @@ def test_a_merge_waits_for_all_parts(make_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("unique", [False, True])
-@pytest.mark.parametrize("step", ["write_shard", "publish", "record"])
+@pytest.mark.parametrize("step", ["write_shard", "publish", "manifest_entry"])
 def test_a_merge_that_broke_off_is_done_again(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, unique: bool, step: str) -> None:
     whole, broken = make_job("whole", unique=unique), make_job("broken", unique=unique)
     for job in (whole, broken):

@@ -25,7 +25,7 @@ from kantai.storage.remote_cache import Cache, RemoteFile
 from tests.helpers.commands import ROOT
 
 PLENTY = 1 << 30
-MOST_SECONDS = 240  # that anything takes on a busy machine
+MAX_SECONDS = 240  # that anything takes on a busy machine
 SIZE = 200_000
 FAULTS = ("500", "503", "cut", "short", "wrong", "stall", "hang up")
 CHILD = """
@@ -84,7 +84,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(content[start : start + len(content) // 8])
         elif fault == "hold":
             self._answer(200, content, sent=len(content) // 2)
-            self.server.held.wait(MOST_SECONDS)
+            self.server.held.wait(MAX_SECONDS)
             self.wfile.write(content[len(content) // 2 :])
         elif fault == "hang up":
             self.close_connection = True
@@ -155,9 +155,9 @@ def partials(folder: Path) -> list[Path]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + MOST_SECONDS
+    end = time.monotonic() + MAX_SECONDS
     while not condition():
-        assert time.monotonic() < end, f"waited for {MOST_SECONDS} seconds"
+        assert time.monotonic() < end, f"waited for {MAX_SECONDS} seconds"
         time.sleep(0.01)
 
 
@@ -168,7 +168,7 @@ def child(code: str, url: str, folder: Path, files: list[RemoteFile], launcher: 
 
 
 def ended_well(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=MOST_SECONDS)
+    _, errors = process.communicate(timeout=MAX_SECONDS)
     assert process.returncode == 0, errors
 
 

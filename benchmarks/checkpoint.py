@@ -89,7 +89,7 @@ def accelerate(settings: list[str], folder: Path) -> tuple[float, float, int]:
     from kantai.model.roberta import build_model
 
     config = load_config(ROOT / "configs" / "quickstart.yaml", settings)
-    model = build_model(config, open_data(config).vocabulary)
+    model = build_model(config.model, open_data(config).vocabulary, seq_len=config.data.seq_len, seed=config.seed)
     accelerator = Accelerator()
     prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
     for parameter in model.parameters():

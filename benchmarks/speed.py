@@ -233,7 +233,7 @@ def work(case: Case, settings: list[str], steps: int) -> list[tuple[int, int]]:
 
     data = open_data(load_config(case.config, [*settings, "--run_dir=unused"]))
     with torch.device("meta"):
-        shape = build_model(data.config, data.vocabulary).config
+        shape = build_model(data.config.model, data.vocabulary, seq_len=data.config.data.seq_len, seed=data.config.seed).config
     batches, found = data.training_batches(1), []
     for step in range(steps):
         steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
@@ -303,7 +303,7 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
         best: dict[str, Any] = {}
     else:
         with torch.device("meta"):
-            shape = build_model(config, data.vocabulary).config
+            shape = build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed).config
         # On CPUs PyTorch's fused attention costs Trainer a tenth in bf16.
         shape._attn_implementation = "eager" if not on_gpu and config.training.precision == "bf16" else "sdpa"
         best = {

@@ -218,7 +218,7 @@ def model_of(config: Config, vocab_size: int) -> Any:
 
     vocabulary = Vocabulary(Tokenizer(models.BPE()), vocab_size, 0, 1, 2, 3, 4, "")
     with torch.device("meta"):
-        return build_model(config, vocabulary)
+        return build_model(config.model, vocabulary, seq_len=config.data.seq_len, seed=config.seed)
 
 
 def bytes_of(model: Any) -> int:

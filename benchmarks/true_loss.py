@@ -68,7 +68,7 @@ def trainer(output: Path, ranks: int, steps: int, settings: list[str]) -> None:
         ROOT / "configs/quickstart.yaml", [f"--{setting}" for setting in settings] + [f"--batch.micro_batch_size={SEQUENCES}"]
     )
     data = open_data(config)
-    ours = build_model(config, data.vocabulary)
+    ours = build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed)
     model = RobertaForMaskedLM(ours.config)
     model.load_state_dict(ours.state_dict())
     batch = data.training_batches(1).micro_batch(0, 0, 0)

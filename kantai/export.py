@@ -10,7 +10,6 @@ import torch
 import yaml
 from transformers import RobertaForMaskedLM, pipeline
 
-from kantai.config.batch_plan import BatchPlan
 from kantai.config.loading import fixed_settings
 from kantai.errors import UserError
 from kantai.model.roberta import MaskedRoberta
@@ -62,7 +61,7 @@ def _copy_tokenizer(source: Path, folder: Path, seq_len: int) -> None:
 @torch.no_grad()
 def _difference(run_dir: RunDir, model: MaskedRoberta, folder: Path) -> float:
     """Between the trained model and the pipeline made of a folder, on one held-out sequence with its masks."""
-    batches, _ = run_dir.data.held_out_batches(BatchPlan(1, 1, 1))
+    batches, _ = run_dir.data.held_out_batches(rows=1)
     ids = torch.from_numpy(batches.micro_batch(0, 0, 0).input_ids)
     ids = ids[:, ids[0] != run_dir.data.vocabulary.pad_id]
     loaded = pipeline("fill-mask", model=str(folder), device="cpu")

@@ -5,7 +5,6 @@ python scripts/evaluate.py runs/quickstart/run
 
 import argparse
 
-from kantai.config.batch_plan import BatchPlan
 from kantai.errors import run_command
 from kantai.training.run_dir import open_saved_run
 
@@ -23,10 +22,9 @@ def main() -> None:
     from kantai.model.roberta import build_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(run_dir.config, run_dir.data.vocabulary)
+    model = build_model(run_dir.config.model, run_dir.data.vocabulary, seq_len=run_dir.config.data.seq_len, seed=run_dir.config.seed)
     load_weights(model, run_dir.store.path(step))
-    micro = run_dir.config.batch.micro_batch_size
-    batches, steps = run_dir.data.held_out_batches(BatchPlan(micro, micro, 1))
+    batches, steps = run_dir.data.held_out_batches()
     score = held_out_score(model.to(device), batches, steps, rank=0, device=device)
     print(f"step {step}, {score.masked:,} masked tokens of the held-out split")
     print(f"loss        {score.loss:.4f} nats a masked token")

@@ -26,7 +26,7 @@ def main() -> None:
     from kantai.model.roberta import build_model
 
     logging.disable_progress_bar()
-    model = build_model(run_dir.config, run_dir.data.vocabulary)
+    model = build_model(run_dir.config.model, run_dir.data.vocabulary, seq_len=run_dir.config.data.seq_len, seed=run_dir.config.seed)
     load_weights(model, run_dir.store.path(step))
     difference = export(run_dir, model, step, arguments.output)
     print(f'{arguments.output}: step {step}, loaded back with pipeline("fill-mask"), logits equal within {difference:.1g}')

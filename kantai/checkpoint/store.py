@@ -60,7 +60,14 @@ class CheckpointStore:
     def publish(self, step: int, files: dict[str, dict[str, Any]], **meta: Any) -> None:
         """Put the staged checkpoint into its place; see :func:`publish`."""
         with self._fenced() as attempt:
-            publish(attempt / self.path(step).name, self.path(step), files, kind="checkpoint", step=step, **meta)
+            publish(
+                attempt / self.path(step).name,
+                self.path(step),
+                files,
+                kind="checkpoint",
+                step=step,
+                **meta,
+            )
 
     @contextlib.contextmanager
     def replaced(self, path: Path) -> Iterator[Path]:

@@ -46,6 +46,21 @@ class Data:
         return max(1, last.first_step + round(epochs_left * self.samples("train", last.seq_len) / last.global_batch_size))
 
     @property
+    def seed(self) -> int:
+        """Of the initial weights, the sample order, the masks and dropout."""
+        return self.config.seed
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the longest sequence, for which the model has positions."""
+        return self.config.data.seq_len
+
+    @property
+    def workers(self) -> int:
+        """Data-loader processes a rank."""
+        return self.config.data.workers
+
+    @property
     def unigram_entropy(self) -> float:
         """Entropy of the training split's token frequencies, in nats: the loss of a model that has learned only those."""
         return float(self.shards.manifest["splits"]["train"]["unigram_entropy"])
@@ -81,13 +96,18 @@ class Data:
         )
         return self._batches(stages, masker)
 
-    def held_out_batches(self, plan: BatchPlan) -> tuple[Batches, int]:
+    def held_out_batches(self, world_size: int = 1, rows: int | None = None) -> tuple[Batches, int]:
         """The held-out split in order with masks that never change, and the number of steps that go through it once.
 
         Single tokens are hidden, masking.ratio of them, whatever training hides: runs that differ in that can still be compared.
         Here every hidden token is shown as ``<mask>``. With the tenth that training leaves in place, a model that copies it and knows
         nothing but word frequencies would seem to be half a nat below the unigram entropy.
+
+        Args:
+            rows: of a rank and micro-step; default: as many as fit in training.
         """
+        rows = rows or self.config.batch_shapes()[-1].max_micro_batch_size
+        plan = BatchPlan(rows * world_size, rows, world_size)
         sequences = self._sequences("held_out", self.config.data.seq_len)
         samples = min(self.samples("held_out"), self.config.evaluation.max_sequences)
         stage = Stage(0, 0, plan, sequences, Sequential(samples))
@@ -173,10 +193,6 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
     for opened in shards.splits.values():
         # One that came from a URL takes space while it is open, even when the cache has let go of it: not one more than are needed.
         opened.open_at_once = needed if shards.cache is not None else max(opened.open_at_once, needed)
-    if config.optimizer.warmup_steps >= data.max_steps > 1:
-        raise UserError(
-            f"optimizer.warmup_steps {config.optimizer.warmup_steps} is not less than the run's {data.max_steps} steps; lower it"
-        )
     for prompt in config.evaluation.prompts:
         if prompt.count(SPECIAL_TOKENS[4]) != 1:
             raise UserError(f"evaluation.prompts: {prompt!r} must have exactly one {SPECIAL_TOKENS[4]}")

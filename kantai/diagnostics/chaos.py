@@ -291,18 +291,18 @@ def _exists(folder: Path, pattern: str) -> bool:
 
 def _poison() -> None:
     """Make this rank's loss NaN on some data."""
-    from kantai.training.trainer import Run
+    from kantai.training.trainer import Trainer
 
-    real = Run.train_step
+    real = Trainer.train_step
 
-    def poisoned(self: Run, step: int, *rest: Any) -> Any:
+    def poisoned(self: Trainer, step: int, *rest: Any) -> Any:
         factor = float("nan") if self.skipped_data.data_step(step) in _BAD_DATA else 1.0
         hook = self.engine.raw_model.register_forward_hook(lambda *call: (call[-1][0] * factor, call[-1][1]))
         result = real(self, step, *rest)
         hook.remove()
         return result
 
-    setattr(Run, "step", poisoned)  # noqa: B010  # a method of another type, for mypy
+    setattr(Trainer, "step", poisoned)  # noqa: B010  # a method of another type, for mypy
 
 
 def _corrupt(folder: Path, what: str, random_numbers: random.Random) -> None:

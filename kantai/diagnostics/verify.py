@@ -123,7 +123,7 @@ def certify(config: Config, rank_info: RankInfo, data: Data, steps: int, output:
         with replaced(output) as partial:
             partial.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
         print(f"\n{'All promises hold here.' if certificate['holds'] else 'A PROMISE DOES NOT HOLD HERE.'} Written to {output}", flush=True)
-    here.engine.close()
+    here.engine.leave()
     return bool(certificate["holds"])
 
 
@@ -134,8 +134,8 @@ class _Here:
         gc.collect()  # an engine that nobody needs any more refers to itself, and holds its memory until then
         self.rank_info, self.data, self.steps = rank_info, data, steps
         self.precision = data.config.training.precision
-        self.model = build_model(data.config, data.vocabulary)
-        self.engine = Engine(data.config, rank_info, self.model)
+        self.model = build_model(data.config.model, data.vocabulary, seq_len=data.config.data.seq_len, seed=data.config.seed)
+        self.engine = Engine(rank_info, self.model, data.config.optimizer, data.config.training, seed=data.config.seed)
 
     def again(self, micro_batch_size: int | None = None) -> "_Here":
         """A fresh one, perhaps with other micro-batches."""
@@ -209,7 +209,7 @@ def _plain(here: _Here, world_size: int) -> Trace:
     """The steps without the engine: in a world of one on every rank, which then compute the same; else by PyTorch's DDP."""
     gc.collect()
     settings, device, trace = here.data.config.optimizer, here.engine.device, Trace([], [])
-    raw = build_model(here.data.config, here.data.vocabulary).to(device)
+    raw = build_model(here.data.config.model, here.data.vocabulary, seq_len=here.data.seq_len, seed=here.data.seed).to(device)
     raw.compute_dtype = here.model.compute_dtype
     model: Any = DistributedDataParallel(raw) if world_size > 1 else raw
     optimizer, batches = build_optimizer(raw, settings), here.data.training_batches(world_size)
@@ -262,7 +262,7 @@ def of_states(one: Path, other: Path, *, with_rounding: bool) -> float:
 @torch.no_grad()
 def _of_logits(here: _Here, state: Path, output: Path) -> float:
     """Largest difference between a logit of the engine's model and of the exported one, on one held-out sequence."""
-    batches, _ = here.data.held_out_batches(here.data.training_batches(1).stage_at(0).plan)
+    batches, _ = here.data.held_out_batches(rows=1)
     ids = torch.from_numpy(batches.micro_batch(0, 0, 0).input_ids[:1])
     ids = ids[:, ids[0] != here.data.vocabulary.pad_id]
     precision, here.model.compute_dtype = here.model.compute_dtype, torch.float32
@@ -286,7 +286,7 @@ def _exported(config: Config, step: int, state: Path, output: Path, ids: Tensor)
     """Export the weights of a checkpoint, and return the logits of what transformers loads."""
     transformers.utils.logging.disable_progress_bar()
     data = open_data(config, hashes=False)
-    model = build_model(config, data.vocabulary)
+    model = build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed)
     load_weights(model, state)
     export(RunDir(output, config, data), model, step, output)
     logits: Tensor = transformers.RobertaForMaskedLM.from_pretrained(output).eval()(ids).logits

@@ -4,11 +4,13 @@ from typing import Any
 
 from kantai.errors import UserError
 
-# Elements of the buckets in which DeepSpeed reduces gradients. Its own 5e8 are more than a RoBERTa has: nothing would go out before the
-# backward pass is over, through buffers of 2 GB.
+# Elements of the buckets in which DeepSpeed reduces gradients. Its own 5e8 are more than a RoBERTa
+# has: nothing would go out before the backward pass is over, through buffers of 2 GB.
 _BUCKET = 25_000_000
-# What a DeepSpeed config may say: known to leave the result as it is. Much of the rest rounds, or scrambles what a checkpoint holds, and
-# nobody would notice: round_robin_gradients lays weights out in another order than they are read in.
+
+# What a DeepSpeed config may say: known to leave the result as it is. Much of the rest rounds, or
+# scrambles what a checkpoint holds, and nobody would notice: round_robin_gradients lays weights out
+# in another order than they are read in.
 _HARMLESS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -42,10 +44,10 @@ _HARMLESS_TO_OFFLOAD = {"device", "nvme_path", "pin_memory"}
 
 
 def complete(config: dict[str, Any], max_grad_norm: float) -> None:
-    """Fill in, in place, what a DeepSpeed config must say to serve us.
+    """Set, in place, what a DeepSpeed config must say for kantai's engine.
 
     Raises:
-        UserError: it says something that is not known to be harmless.
+        UserError: the config says something that is not known to be harmless.
     """
     for section in ("bf16", "fp16"):
         if config.pop(section, {}).get("enabled") is True:
@@ -60,12 +62,14 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
             raise UserError(f"the DeepSpeed config has {part} on nvme, which kantai's checkpoints cannot read: use cpu or none")
     config |= {
         "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": 1,  # which serves its own statistics alone
-        "gradient_accumulation_steps": 1,  # the engine says at every micro-step whether it is the last
-        "gradient_clipping": max_grad_norm if zero["stage"] else 0.0,  # whole gradients are clipped as without DeepSpeed
-        "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW is vectorised on CPU too, and needs no compiler
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own statistics alone
+        "gradient_accumulation_steps": 1,  # the engine says which micro-step is the last
+        # In stage 0 the backend clips whole gradients, as without DeepSpeed.
+        "gradient_clipping": max_grad_norm if zero["stage"] else 0.0,
+        # PyTorch's fused AdamW is vectorised on CPU, too, and needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device at every step
     }
     zero.setdefault("reduce_bucket_size", _BUCKET)
     if zero["stage"] == 2 and zero.get("overlap_comm") is None:

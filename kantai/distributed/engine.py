@@ -1,15 +1,15 @@
-"""How is a step done on N ranks? The only place that knows Accelerate and DeepSpeed.
+"""One optimizer step on N ranks.
 
-The gradient of a step is that of (sum of the masked tokens' losses over the global batch) / (number of masked tokens in it), however
-that batch is dealt over ranks and micro-steps. A mean of means over ranks would weigh a token by how few others its micro-batch has.
+The gradient of a step is that of (sum of the masked tokens' losses over the global batch) /
+(number of masked tokens in it), however that batch is dealt over ranks and micro-steps. A mean of
+means over ranks would weigh a token by how few others its micro-batch has.
 """
 
-import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,35 +18,46 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from kantai.checkpoint.state import NUMBERS, SavedState, Snapshot
+from kantai.checkpoint.state import SavedState, Snapshot, load_named_state, named_state
 from kantai.cluster.environment import RankInfo
-from kantai.config.schema import Config
+from kantai.config.schema import OptimizerConfig, TrainingConfig
 from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.rng import dropout_seed
-from kantai.distributed.backends import DeepSpeedZero, DeepSpeedZero0, Torch
+from kantai.distributed.backends import make_backend
 from kantai.distributed.launch import join
 from kantai.distributed.loss_scale import LossScale
 from kantai.errors import UserError
 from kantai.model.roberta import MaskedRoberta, training_flops
-from kantai.optim.optimizer import MOMENTS, build_optimizer
+from kantai.optim.optimizer import build_optimizer
 
 T = TypeVar("T")
+
 _SECONDS_FOR_GLOO = 0.5
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all ranks."""
+    """What a step came to, over all ranks.
 
-    loss: float  # nats a masked token
+    Attributes:
+        loss: nats a masked token.
+        accuracy: share of the masked tokens that were predicted right.
+        grad_norm: before clipping.
+        tokens: that are no padding.
+        flops: floating-point operations of the model's matrix products.
+        skipped: for bad numbers; weights and moments are as they were.
+        loss_scale: of fp16; else 1.
+    """
+
+    loss: float
     accuracy: float
-    grad_norm: float  # before clipping
+    grad_norm: float
     tokens: int
     flops: int
-    skipped: bool  # for bad numbers: weights and moments are as they were
-    loss_scale: float  # of fp16; else 1
+    skipped: bool
+    loss_scale: float
 
     @property
     def perplexity(self) -> float:
@@ -54,50 +65,65 @@ class StepResult:
         return math.exp(min(self.loss, 700.0))
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """How much work a step is, over all ranks."""
+
+    masked: int
+    tokens: int
+    attended_pairs: int
+
+
 class Engine:
     """A model and its optimizer on all ranks, under the backend that the launcher chose.
 
     Attributes:
+        model: to be called; the backend may have wrapped it.
+        raw_model: the same without the backend.
+        backend_name: for people.
+        precision: of matrix products: fp32, bf16 or fp16.
         heartbeat: called at every micro-step, for a watchdog.
-        zero_stage: DeepSpeed's; None without DeepSpeed.
     """
 
-    def __init__(self, config: Config, rank_info: RankInfo, model: MaskedRoberta, timeout_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        rank_info: RankInfo,
+        model: MaskedRoberta,
+        optimizer: OptimizerConfig,
+        training: TrainingConfig,
+        *,
+        seed: int,
+        timeout_seconds: float | None = None,
+    ) -> None:
         """Join the other ranks.
 
         Args:
-            timeout_seconds: after which a collective that not all ranks have come to ends them; None: the backend's default.
+            seed: of dropout.
+            timeout_seconds: after which a collective that not all ranks have come to ends them;
+                None: the backend's default.
 
         Raises:
             UserError: the world or the backend is not the one that the launcher announced.
         """
-        self.config, self.rank_info = config, rank_info
-        self.accelerator = join(rank_info, config.optimizer.max_grad_norm, timeout_seconds)
-        self.shape, self.raw_model = model.config, model
-        model.compute_dtype = _DTYPES[config.training.precision]
-        plugin = self.accelerator.state.deepspeed_plugin
-        self.zero_stage: int | None = plugin and plugin.deepspeed_config["zero_optimization"]["stage"]
-        if config.training.compile and self.zero_stage != 3:  # whose hooks gather and drop weights around every module
-            model.compile_parts()
-        # Where DeepSpeed or DDP move weights, they do so in place: the optimizer may be built before.
-        self.optimizer = build_optimizer(model.to(self.device), config.optimizer)
-        parts = (self.accelerator, model, self.optimizer, config.optimizer.max_grad_norm)
-        self.backend = (
-            Torch(*parts)
-            if self.zero_stage is None
-            else DeepSpeedZero(*parts, is_stage_3=self.zero_stage == 3)
-            if self.zero_stage
-            else DeepSpeedZero0(*parts)
-        )
-        self.model = self.backend.model
-        self.loss_scale = LossScale(config.training.precision)
+        self.rank_info = rank_info
+        self.raw_model = model
+        self.precision = training.precision
         self.heartbeat: Callable[[], None] = lambda: None
+        self.loss_scale = LossScale(training.precision)
+        self.accelerator = join(rank_info, optimizer.max_grad_norm, timeout_seconds)
+        self._seed = seed
+        model.compute_dtype = _DTYPES[training.precision]
+        plugin = self.accelerator.state.deepspeed_plugin
+        is_stage_3 = plugin and plugin.deepspeed_config["zero_optimization"]["stage"] == 3
+        # Stage 3 gathers and drops weights by hooks around every module, which do not compile.
+        self._compiles = training.compile and not is_stage_3
+        if self._compiles:
+            model.compile_parts()
+        # DeepSpeed and DDP move weights in place, so the optimizer may be built before them.
+        self.optimizer = build_optimizer(model.to(self.device), optimizer)
+        self.backend, self.backend_name = make_backend(self.accelerator, model, self.optimizer, optimizer.max_grad_norm)
+        self.model = self.backend.model
         self._host: dict[str, Tensor] = {}
-
-    @property
-    def backend_name(self) -> str:
-        """What the launcher chose."""
-        return self.accelerator.distributed_type.value if self.zero_stage is None else f"DeepSpeed ZeRO-{self.zero_stage}"
 
     @property
     def device(self) -> torch.device:
@@ -112,42 +138,73 @@ class Engine:
         loss_limit: float = math.inf,
         grad_norm_limit: float = math.inf,
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer step.
+        """Do forward and backward passes over this rank's micro-batches, then an optimizer step.
 
-        No rank steps where the loss or the gradient norm is not finite or exceeds its limit on any rank.
+        No rank moves its weights where the loss or the gradient norm is not finite, or exceeds its
+        limit, on any rank.
 
         Args:
             step: counted from 0; with the seed it decides dropout.
             micro_batches: this rank's rows; all ranks bring as many.
-            loss_limit: above which nothing is updated.
+            loss_limit: largest loss with which weights move.
             grad_norm_limit: the same for the gradient norm.
         """
-        batches = [micro_batch.batch for micro_batch in micro_batches]
-        masked = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
-        tokens, pairs = sum(batch.tokens for batch in batches), sum(batch.attended_pairs for batch in batches)
-        counts = self.sum_over_ranks(torch.tensor([masked, tokens, pairs], dtype=torch.float64))
-        total_masked = max(1.0, counts[0].item())
+        counts = self._count(micro_batches)
+        loss, correct = self._forward_backward(step, micro_batches, max(1, counts.masked))
+        scale = self.loss_scale.value
+        may_step = loss.isfinite() & (loss <= loss_limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        grad_norm, stepped = self.backend.step(may_step, grad_norm_limit, scale)
+        # One wait for the device.
+        numbers = torch.stack([loss, correct, grad_norm.double(), stepped.double()]).tolist()
+        loss_value, accuracy, norm, has_stepped = numbers
+        overflowed = not math.isfinite(norm) and math.isfinite(loss_value) and scale > 1
+        self.loss_scale.after(overflowed=overflowed)
+        return StepResult(
+            loss=loss_value,
+            accuracy=accuracy,
+            grad_norm=norm,
+            tokens=counts.tokens,
+            flops=training_flops(self.raw_model.config, counts.tokens, counts.attended_pairs, max(1, counts.masked)),
+            skipped=not has_stepped and not overflowed,
+            loss_scale=scale,
+        )
+
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> _Counts:
+        batches = [micro_batch.batch for micro_batch in micro_batches]
+        own = [
+            sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches),
+            sum(batch.tokens for batch in batches),
+            sum(batch.attended_pairs for batch in batches),
+        ]
+        masked, tokens, pairs = self.sum_over_ranks(torch.tensor(own, dtype=torch.float64)).tolist()
+        return _Counts(int(masked), int(tokens), int(pairs))
+
+    def _forward_backward(self, step: int, micro_batches: Sequence[MicroBatch], masked: int) -> tuple[Tensor, Tensor]:
+        """Add up gradients. Returns the loss and the accuracy over all ranks, on the device."""
         self.model.train()
         sums = torch.zeros(2, device=self.device)
         for micro_step, micro_batch in enumerate(micro_batches):
-            torch.manual_seed(dropout_seed(self.config.seed, step, micro_step, self.rank_info.rank))
+            seed = dropout_seed(self._seed, step, micro_step, self.rank_info.rank)
+            torch.manual_seed(seed)
             with self.backend.accumulating(micro_step == len(micro_batches) - 1):
                 loss_sum, correct = self.model(**micro_batch.on(self.device))
                 # Backends average over ranks.
-                self.backend.backward(loss_sum * (self.rank_info.world_size / total_masked), self.loss_scale.value)
+                loss = loss_sum * (self.rank_info.world_size / masked)
+                self.backend.backward(loss, self.loss_scale.value)
             sums += torch.stack([loss_sum.detach(), correct])
             self.heartbeat()
-        sums = self.sum_over_ranks(sums).double() / total_masked
-        scale, is_good = self.loss_scale.value, sums[0].isfinite() & (sums[0] <= loss_limit)
-        grad_norm, stepped = self.backend.step(is_good, grad_norm_limit, scale)
-        loss, correct, norm, has_stepped = torch.stack([*sums, grad_norm.double(), stepped.double()]).tolist()
-        overflowed = not math.isfinite(norm) and math.isfinite(loss) and scale > 1
-        self.loss_scale.after(overflowed=overflowed)
-        _, tokens, pairs = counts.long().tolist()
-        flops = training_flops(self.shape, tokens, pairs, int(total_masked))
-        return StepResult(loss, correct, norm, tokens, flops, not has_stepped and not overflowed, scale)
+        mean_loss, accuracy = self.sum_over_ranks(sums).double() / masked
+        return mean_loss, accuracy
+
+    def forget_compiled(self) -> None:
+        """Compile anew for the sizes that follow.
+
+        After a change of sizes, PyTorch would compile for sizes that vary, which is slower for good.
+        """
+        if self._compiles:
+            torch.compiler.reset()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
@@ -155,13 +212,16 @@ class Engine:
 
     def from_main(self, value: T) -> T:
         """Rank 0's value of something picklable, on all ranks."""
-        return broadcast_object_list([value])[0] if self.rank_info.world_size > 1 else value
+        if self.rank_info.world_size == 1:
+            return value
+        (from_main,) = broadcast_object_list([value])
+        return from_main  # type: ignore[no-any-return]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What an action of rank 0 comes to, on all ranks.
+        """What an action of rank 0 returns, on all ranks.
 
         Raises:
-            UserError: it failed there; so it does everywhere, and nobody waits.
+            UserError: the action failed on rank 0. All ranks raise it, so nobody waits.
         """
         result: T | None = None
         failure: str | None = None
@@ -179,53 +239,60 @@ class Engine:
         """Every rank's value of something picklable, in the order of the ranks, on all of them."""
         return list(gather_object([value]))
 
+    def wait_for_all(self) -> None:
+        """Return when all ranks have come here."""
+        self.accelerator.wait_for_everyone()
+
     def compare_replicas(self) -> None:
-        """Compare the weights that every rank has, bit by bit; under ZeRO-3, the few that are whole everywhere.
+        """Compare the weights that every rank has, bit by bit.
+
+        Under ZeRO-3 these are the few small ones that stay whole everywhere.
 
         Raises:
-            UserError: some rank's differ.
+            UserError: some rank's weights differ.
         """
         bits = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in self.raw_model.parameters()]
         sums = self.from_all((platform.node(), torch.stack(bits).tolist()))
-        copies = [tuple(each) for _, each in sums]
+        copies = [tuple(copy) for _, copy in sums]
         usual = statistics.mode(copies)
         if all(copy == usual for copy in copies):
             return
         has_majority = 2 * copies.count(usual) > len(copies)
         suspects = [f"rank {rank} ({node})" for rank, (node, _) in enumerate(sums) if not has_majority or copies[rank] != usual]
-        found = "has other weights than the rest" if has_majority else "differ in their weights, and none has most ranks on its side"
+        found = "has other weights than the rest"
+        if not has_majority:
+            found = "differ in their weights, and none has most ranks on its side"
         raise UserError(
             f"{', '.join(suspects)} {found}: a device may be faulty. Leave it out; the same command goes on from the last checkpoint"
         )
 
-    def wait_for_all(self) -> None:
-        """Return when all ranks have come here."""
-        self.accelerator.wait_for_everyone()
-
-    def close(self) -> None:
+    def leave(self) -> None:
         """Leave the other ranks in order."""
-        # Gloo's thread needs the GIL to let go of the last collective's tensors, and torch joins that thread with the GIL sharded when the
-        # process group goes: a rank that is quick between the two hangs for ever (seen once in some 100 launches). Sleeping lends the GIL.
+        # Gloo's thread needs the GIL to let go of the last collective's tensors. torch joins that
+        # thread with the GIL held when the process group goes, so a rank that is quick between the
+        # two hangs for ever (seen once in some 100 launches). Sleeping lends the GIL.
         time.sleep(_SECONDS_FOR_GLOO)
         self.accelerator.end_training()
 
     def release(self) -> None:
-        """Have the libraries let go of model and optimizer, for another engine to have the room; this one is done with."""
+        """Have the libraries let go of model and optimizer. This engine can do nothing more."""
         self.accelerator.free_memory()
         self.backend.release()
 
     def matmul_flops_per_second(self, seconds: float = 0.3) -> float:
-        """Measured rate of square matrix products in the run's precision, all ranks at once, summed over them."""
+        """Measure square matrix products in the run's precision, on all ranks at once; their sum."""
         on_gpu = self.device.type == "cuda"
-        size = 8192 if on_gpu else 768
-        left, right = (torch.ones(size, size, dtype=self.raw_model.compute_dtype, device=self.device) for _ in range(2))
         settle: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
-        left @ right
+        size = 8192 if on_gpu else 768
+        matrix = torch.ones(size, size, dtype=self.raw_model.compute_dtype, device=self.device)
+        other = matrix.clone()
+        matrix @ other
         settle()
         self.wait_for_all()
-        products, start = 0, time.perf_counter()
+        products = 0
+        start = time.perf_counter()
         while time.perf_counter() < start + seconds:
-            left @ right
+            matrix @ other
             products += 1
             settle()
         rate = 2.0 * size**3 * products / (time.perf_counter() - start)
@@ -234,70 +301,38 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Copy this rank's share of weights and moments to its host's memory; all ranks together.
 
-        Buffers are used again: an earlier snapshot must have been written.
+        The buffers are used again, so an earlier snapshot must have been written.
         """
-        for number, (name, value) in enumerate(self._state()):
-            if number % self.rank_info.world_size == self.rank_info.rank:
+        rank = self.rank_info.rank
+        world_size = self.rank_info.world_size
+        for number, (name, value) in enumerate(named_state(self.optimizer)):
+            if number % world_size == rank:
                 if name not in self._host:
                     self._host[name] = torch.empty(value.shape, pin_memory=value.is_cuda)
                 self._host[name].copy_(value, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        name = f"state-{self.rank_info.rank:05d}-of-{self.rank_info.world_size:05d}.safetensors"
-        return Snapshot(name, self._host, self._numbers())
+        numbers = {
+            "steps": self.optimizer.steps,
+            "loss_scale": self.loss_scale.value,
+            "good_steps": self.loss_scale.good_steps,
+        }
+        name = f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+        return Snapshot(name, self._host, numbers)
 
     def save_state(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Write all ranks' snapshots, and return their manifest entries."""
-        return dict(self.from_all(self.snapshot().write(folder)))
+        return dict(self.from_all(self.snapshot().save(folder)))
 
     def load_state(self, folder: Path) -> None:
-        """Take up what :meth:`save_state` wrote, whatever the backend and world size were.
+        """Take up what :meth:`save_state` wrote under any backend and world size.
 
         Raises:
             UserError: a tensor is missing, is one too many, or has another shape.
         """
         saved = SavedState(folder)
-        saved.check_shapes(
-            {
-                _entry(part.name, key): part.shape
-                for sharded in self.optimizer.sharded
-                for part in sharded.parts
-                for key in ("", *MOMENTS[sharded.kind])
-            }
-        )
-        try:
-            numbers = json.loads(saved.metadata[NUMBERS])
-            steps, scale, good_steps = float(numbers["steps"]), float(numbers["loss_scale"]), int(numbers["good_steps"])
-        except (KeyError, TypeError, ValueError, ArithmeticError):
-            raise UserError(f"{folder} lacks the numbers that a run goes on with: it is no checkpoint of kantai's") from None
-        self.loss_scale.value, self.loss_scale.good_steps = scale, good_steps
-        with torch.no_grad():
-            for sharded in self.optimizer.sharded:
-                moments = self.optimizer.moments(sharded)
-                for part in sharded.parts:
-                    for key, tensor in (("", sharded.tensor), *moments.items()):
-                        if key and not part.numel:  # another rank's
-                            continue
-                        name = _entry(part.name, key)
-                        whole = saved[name]
-                        tensor.view(-1)[part.offset : part.offset + part.numel] = whole.flatten()[part.start : part.start + part.numel]
-                        if not key:
-                            self.backend.set_weight(name, whole)
-        self.optimizer.set_steps(steps)
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight and moment, whole, by its name in a checkpoint; a collective under ZeRO."""
-        for sharded in self.optimizer.sharded:
-            for key, tensor in (("", sharded.tensor), *self.optimizer.moments(sharded).items()):
-                for part, whole in self.optimizer.whole(sharded, tensor.detach()):
-                    yield _entry(part.name, key), whole
-
-    def _numbers(self) -> dict[str, float]:
-        """Steps that AdamW has taken, which are fewer than the steps where some were skipped, and the loss scale."""
-        steps = next(state["step"] for state in self.optimizer.state.values() if "step" in state)
-        return {"steps": steps.item(), "loss_scale": self.loss_scale.value, "good_steps": self.loss_scale.good_steps}
-
-
-def _entry(name: str, key: str) -> str:
-    """What a parameter's weight (key "") or moment is called in a checkpoint."""
-    return f"{name}/{key}" if key else name
+        numbers = saved.numbers("steps", "loss_scale", "good_steps")
+        load_named_state(self.optimizer, saved, self.backend.set_weight)
+        self.optimizer.steps = numbers["steps"]
+        self.loss_scale.value = numbers["loss_scale"]
+        self.loss_scale.good_steps = int(numbers["good_steps"])

@@ -1,4 +1,4 @@
-"""How does a rank join the others? The world that the launcher announced, or an error."""
+"""Joining the other ranks: the world that the launcher announced, or an error."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,9 @@ from kantai.cluster.environment import RankInfo
 from kantai.distributed.deepspeed_config import complete
 from kantai.errors import UserError
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+# Options of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def join(rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | None = None) -> Accelerator:
@@ -27,20 +29,30 @@ def join(rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | Non
         UserError: the world, the backend or DeepSpeed's precision is not what was asked for.
     """
     on_cpu = not torch.cuda.is_available()
+    uses_deepspeed = deepspeed_announced()
     if on_cpu:
-        _keep_memory()
-    # Buffers are positions, and never change.
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
-    if deepspeed_announced():
+        _keep_freed_memory()
+    if uses_deepspeed:
         _quiet_deepspeed(on_cpu)
-    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
-    # Without it every rank believes to be alone in the world. With it and without DeepSpeed, reductions do nothing.
-    backend = {"backend": "gloo"} if deepspeed_announced() and on_cpu else {}
-    handlers.append(InitProcessGroupKwargs(**backend, timeout=timeout))
-    # Precision is the model's own affair (autocast in its forward): so weights, moments and gradients are fp32 under every backend.
-    accelerator = Accelerator(cpu=on_cpu and not deepspeed_announced(), mixed_precision="no", kwargs_handlers=handlers)
-    _refuse_other_world(accelerator, rank_info)
-    if deepspeed_announced():
+    process_group: dict[str, Any] = {}
+    if timeout_seconds is not None:
+        process_group["timeout"] = timedelta(seconds=timeout_seconds)
+    if uses_deepspeed and on_cpu:
+        # Without a backend, every rank believes that it is alone. Without DeepSpeed, naming one
+        # makes reductions do nothing.
+        process_group["backend"] = "gloo"
+    accelerator = Accelerator(
+        cpu=on_cpu and not uses_deepspeed,
+        # The model itself casts, by autocast in its forward pass. So weights, moments and
+        # gradients are fp32 under every backend.
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(**process_group),
+        ],
+    )
+    _check_world(accelerator, rank_info)
+    if uses_deepspeed:
         complete(accelerator.state.deepspeed_plugin.deepspeed_config, max_grad_norm)
     return accelerator
 
@@ -50,10 +62,11 @@ def deepspeed_announced() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
-def _keep_memory() -> None:
-    """Have glibc keep what tensors free, for the next ones.
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory that tensors free, for the next ones.
 
-    It gives large blocks back at once, and the kernel fills every page with zeros when it is asked for them again: a fifth of a step.
+    It gives large blocks back at once, and the kernel fills every page with zeros when it is asked
+    for them again: a fifth of a step.
     """
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -69,14 +82,20 @@ def _quiet_deepspeed(on_cpu: bool) -> None:
 
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     if on_cpu:
-        # It would compile, at every first start, an extension that only inference uses: more than a minute.
+        # It would compile, at every first start, an extension that only inference uses: more than
+        # a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logger.setLevel("WARNING")
 
 
-def _refuse_other_world(accelerator: Accelerator, rank_info: RankInfo) -> None:
-    """On CPU, Accelerate trains two independent worlds of one in several spellings, or leaves DeepSpeed out, without a word."""
-    seen, announced = (accelerator.num_processes, accelerator.process_index), (rank_info.world_size, rank_info.rank)
+def _check_world(accelerator: Accelerator, rank_info: RankInfo) -> None:
+    """Refuse a world that is not the one that the launcher announced.
+
+    On CPU, Accelerate silently trains two worlds of one in several spellings, or leaves DeepSpeed
+    out.
+    """
+    seen = accelerator.process_index, accelerator.num_processes
+    announced = rank_info.rank, rank_info.world_size
     backend = accelerator.distributed_type
     if deepspeed_announced():
         expected = [DistributedType.DEEPSPEED]
@@ -84,8 +103,10 @@ def _refuse_other_world(accelerator: Accelerator, rank_info: RankInfo) -> None:
         expected = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
         if rank_info.world_size == 1:
             expected.append(DistributedType.NO)
-    if seen != announced or backend not in expected:
-        raise UserError(
-            f"the launcher announced rank {announced[1]} of {announced[0]} under {expected[0].value}, "
-            f"but Accelerate sees rank {seen[1]} of {seen[0]} under {backend.value}: launch with one of configs/accelerate/*.yaml"
-        )
+    if seen == announced and backend in expected:
+        return
+    raise UserError(
+        f"the launcher announced rank {announced[0]} of {announced[1]} under {expected[0].value}, "
+        f"but Accelerate sees rank {seen[0]} of {seen[1]} under {backend.value}: "
+        "launch with one of configs/accelerate/*.yaml"
+    )

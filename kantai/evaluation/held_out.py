@@ -26,10 +26,6 @@ class Score:
         """Exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
-    def as_metrics(self) -> dict[str, float]:
-        """As metrics."""
-        return {"held_out/loss": self.loss, "held_out/accuracy": self.accuracy, "held_out/perplexity": self.perplexity}
-
 
 @torch.no_grad()
 def held_out_score(

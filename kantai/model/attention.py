@@ -8,17 +8,28 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "sdpa_or_varlen"  # in memory only: transformers writes no attention into a config file
+# The name under which transformers finds this attention. It is never written into a config file.
+ATTENTION = "sdpa_or_varlen"
 
 
 def pick(states: Tensor, positions: Tensor) -> Tensor:
-    """[rows, length, size] at [rows, picked], as [rows, picked, size]."""
+    """States [rows, length, size] at positions [rows, picked], as [rows, picked, size]."""
     return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float) -> Tensor:
-    """Attention of [rows, heads, looking, head size] on [rows, heads, length, head size], where the mask is true."""
-    if query.is_cpu and query.dtype != torch.float32:  # PyTorch's flash kernel takes twice to five times as long there as plain products
+    """Attention of queries to keys and values, where the mask is true.
+
+    Args:
+        query: [rows, heads, queries, head size].
+        key: [rows, heads, length, head size], and ``value`` alike.
+        mask: bool, broadcast to [rows, heads, queries, length]; None: all is seen.
+
+    Returns:
+        [rows, heads, queries, head size].
+    """
+    if query.is_cpu and query.dtype != torch.float32:
+        # PyTorch's flash kernel on CPU takes two to five times as long as plain products there.
         scores = query @ key.mT * scale
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -38,16 +49,22 @@ def _sdpa_or_varlen(
     document_starts: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: [rows, heads, length, head size] in, [rows, length, heads, head size] out.
+    """Attention as transformers calls it.
 
     Args:
-        document_starts: see :meth:`MaskedRoberta.forward`; None: all of a row is seen where the mask is true.
+        query: [rows, heads, length, head size]; ``key`` and ``value`` alike.
+        document_starts: see :meth:`MaskedRoberta.forward`; None: the whole row is seen, where the
+            mask is true.
+
+    Returns:
+        [rows, length, heads, head size], and no attention weights.
     """
     if document_starts is None:
-        return attend(query, key, value, attention_mask, dropout=dropout, scale=scaling).transpose(1, 2), None
+        seen = attend(query, key, value, attention_mask, dropout=dropout, scale=scaling)
+        return seen.transpose(1, 2), None
     rows, _, length, _ = query.shape
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    # A row's length for the longest document's, which only the device knows.
+    # The kernel wants the longest document's length, which only the device knows. A row's is safe.
     out: Any = varlen_attn(query, key, value, document_starts, document_starts, length, length)
     return out.unflatten(0, (rows, length)), None
 

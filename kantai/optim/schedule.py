@@ -1,15 +1,17 @@
-"""The learning rate as a function of the step alone."""
+"""The learning rate schedule: linear warmup, then linear, cosine or wsd decay."""
 
 import math
 
 from kantai.config.schema import OptimizerConfig
+from kantai.errors import UserError
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up, then a decay that would reach 0 at ``max_steps``.
+    """The learning rate of a step, counted from 0: a function of the step alone.
 
-    ``linear`` and ``cosine`` decay from the end of the warm-up on; ``wsd`` (warm-up, stable, decay) stays at the peak until the last
-    ``decay_steps`` and then falls linearly.
+    It rises linearly during warmup, then decays and would reach 0 at ``max_steps``. ``linear``
+    and ``cosine`` decay from the end of the warmup on. ``wsd`` (warmup, stable, decay) stays at
+    the peak until the last ``decay_steps`` and then falls linearly.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -20,3 +22,13 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     if config.schedule == "cosine":
         left = 0.5 - 0.5 * math.cos(math.pi * left)
     return config.learning_rate * left
+
+
+def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
+    """Refuse a schedule that does not fit the length of the run.
+
+    Raises:
+        UserError: the warmup never ends.
+    """
+    if config.warmup_steps >= max_steps > 1:
+        raise UserError(f"optimizer.warmup_steps {config.warmup_steps} is not less than the run's {max_steps} steps; lower it")

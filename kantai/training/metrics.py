@@ -1,4 +1,4 @@
-"""What happened? One flat record a step, in ``metrics.jsonl`` and TensorBoard, with slash names."""
+"""Metrics of a run: one flat record a step, in ``metrics.jsonl`` and TensorBoard."""
 
 import json
 import math
@@ -20,91 +20,100 @@ _FLUSH_SECONDS = 30.0
 
 
 class Metrics:
-    """The record of a run, kept by rank 0. A resumed run goes on after its last checkpoint: what was logged later is dropped."""
+    """The metrics of a run, written by rank 0.
+
+    A resumed run goes on after its last checkpoint: what was logged of later steps is dropped.
+    """
 
     def __init__(self, run_dir: Path, store: CheckpointStore, first_step: int, allocated_since: float) -> None:
-        """Open the record.
+        """Open the files.
 
         Raises:
-            UserError: a later start of the run keeps it now; nothing was changed.
+            UserError: a later start of the run writes them now; nothing was changed.
         """
         self._path = run_dir / "metrics.jsonl"
         records = list(read_metrics(self._path)) if self._path.exists() else []
         kept = [record for record in records if record["step"] < first_step]
         with store.replaced(self._path) as partial:
-            partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+            lines = (f"{json.dumps(record)}\n" for record in kept)
+            partial.write_text("".join(lines), encoding="utf-8")
         self.goodput = Goodput(run_dir / "starts.jsonl", allocated_since, records, kept)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = TensorBoard(run_dir / "tensorboard", first_step)
 
-    def write(self, step: int, record: Mapping[str, float]) -> None:
-        """Add the record of a step, counted from 1."""
-        numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}  # NaN is no JSON
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values of a step, counted from 1."""
+        # NaN is no JSON.
+        numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        record = {"step": step, "time": round(time.time(), 3), **numbers}
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for name, value in record.items():
+        for name, value in values.items():
             if math.isfinite(value):
-                self._tensorboard.add(scalar(name, value), step)
+                self._tensorboard.log(step, scalar(name, value))
 
-    def write_text(self, step: int, name: str, markdown: str) -> None:
-        """Add a text to TensorBoard."""
-        self._tensorboard.add(text(name, markdown), step)
+    def log_text(self, step: int, name: str, markdown: str) -> None:
+        """Log a text to TensorBoard."""
+        self._tensorboard.log(step, text(name, markdown))
 
     def last(self, name: str, count: int) -> list[float]:
-        """The last finite values of a metric of steps that were not skipped, oldest first."""
-        found = (record.get(name) for record in read_metrics(self._path) if not record.get("train/skipped"))
+        """The last finite values of a metric, of steps that were not skipped, oldest first."""
+        kept = (record for record in read_metrics(self._path) if not record.get("train/skipped"))
+        found = (record.get(name) for record in kept)
         return [value for value in found if isinstance(value, float)][-count:]
 
     def has(self, step: int, name: str) -> bool:
-        """Whether something was recorded of a step."""
-        return any(record["step"] == step and name in record for record in read_metrics(self._path))
+        """Whether a metric of a step was logged."""
+        return any(r["step"] == step and name in r for r in read_metrics(self._path))
 
     def flush(self) -> None:
-        """Have on the disk what was written so far."""
+        """Have on the disk what was logged so far."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
 
-    def close(self) -> None:
-        """Flush everything."""
+    def finish(self) -> None:
+        """Flush, and log no more."""
         self._file.close()
-        self._tensorboard.close()
+        self._tensorboard.finish()
 
 
 class TensorBoard:
-    """A file of events, for which what earlier files say of later steps is void.
+    """A file of events, which voids what earlier files say of later steps.
 
-    Written at once: tensorboardX's own writer has a thread for it, and where that fails, as on a full disk, who calls it waits for ever.
+    It is written at once. tensorboardX's own writer has a thread for that, and where the thread
+    fails, as on a full disk, its callers wait for ever.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
         self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        self._flushed = 0.0
-        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed_at = 0.0
+        session = SessionLog(status=SessionLog.START)
+        self._append(Event(step=first_step, session_log=session))
 
-    def add(self, summary: Any, step: int) -> None:
-        """Add a summary of a step."""
-        self._write(Event(step=step, summary=summary))
+    def log(self, step: int, summary: Any) -> None:
+        """Log a summary of a step."""
+        self._append(Event(step=step, summary=summary))
 
     def flush(self) -> None:
         """Hand everything to the system."""
         self._file.flush()
-        self._flushed = time.monotonic()
+        self._flushed_at = time.monotonic()
 
-    def close(self) -> None:
-        """Flush, and write no more."""
+    def finish(self) -> None:
+        """Flush, and log no more."""
         self._file.close()
 
-    def _write(self, event: Any) -> None:
+    def _append(self, event: Any) -> None:
         event.wall_time = time.time()
         self._file.write_event(event)
-        if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+        if time.monotonic() > self._flushed_at + _FLUSH_SECONDS:
             self.flush()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a line that a kill tore is skipped."""
+    """The records of a ``metrics.jsonl``; a line that a kill tore is left out."""
     for record in read_json_lines(path):
         if isinstance(record.get("step"), int) and isinstance(record.get("time"), float):
             yield record

@@ -6,32 +6,49 @@ from typing import Any
 
 from tqdm import tqdm
 
+_SECONDS_BETWEEN_LINES = 15.0
+
 
 class Progress:
-    """A bar with loss, tokens a second and time left on a terminal; a plain line now and then elsewhere."""
-
-    _SECONDS_BETWEEN_LINES = 15.0
+    """A bar with loss, tokens a second and time left on a terminal; elsewhere a line now and then."""
 
     def __init__(self, first_step: int, max_steps: int, *, show: bool) -> None:
-        self._show, self._total = show, max_steps
-        self._bar: Any = None
-        if show and sys.stderr.isatty():
-            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
-        self._next_line = 0.0
+        """Start.
 
-    def update(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+        Args:
+            first_step: steps that are done already.
+            show: False prints nothing.
+        """
+        self._show = show
+        self._max_steps = max_steps
+        self._bar: Any = None
+        self._next_line = 0.0
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=max_steps,
+                initial=first_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def show_step(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
         """Show that ``step`` steps are done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._show and (time.monotonic() >= self._next_line or step == self._total):
-            left = (self._total - step) * seconds_per_step
+            return
+        is_due = time.monotonic() >= self._next_line or step == self._max_steps
+        if self._show and is_due:
+            left = (self._max_steps - step) * seconds_per_step
             print(
-                f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
+                f"step {step}/{self._max_steps}  loss {loss:.3f}  "
+                f"{tokens_per_second:,.0f} tokens/s  "
                 f"{int(left // 60)}:{int(left % 60):02d} left",
                 flush=True,
             )
-            self._next_line = time.monotonic() + self._SECONDS_BETWEEN_LINES
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -40,7 +57,7 @@ class Progress:
         elif self._show:
             print(text, flush=True)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()

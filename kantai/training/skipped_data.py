@@ -30,7 +30,10 @@ class SkippedData:
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             records = [json.loads(line) for line in lines]
-            return cls(path, [(int(each["from_step"]), int(each["first"]), int(each["stop"])) for each in records])
+            return cls(
+                path,
+                [(int(each["from_step"]), int(each["first"]), int(each["stop"])) for each in records],
+            )
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(f"{path} is damaged: it says which data the run skips; bring it back from a copy") from None
 
@@ -38,7 +41,7 @@ class SkippedData:
         """The step whose data a step is shown."""
         return step + sum(stop - first for from_step, first, stop in self.windows if from_step <= step)
 
-    def add(self, back: int, done: int, store: CheckpointStore) -> None:
+    def skip(self, back: int, done: int, store: CheckpointStore) -> None:
         """From step ``back`` on, skip the data that steps up to ``done`` were shown; for the latest start's rank 0."""
         window = (back, self.data_step(back), self.data_step(done - 1) + 1)
         # What had been skipped after the checkpoint is within this window.

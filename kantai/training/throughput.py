@@ -1,4 +1,4 @@
-"""Tokens a second, model FLOPs utilisation and goodput."""
+"""Tokens a second, model FLOPs utilisation, goodput and memory."""
 
 import json
 import math
@@ -11,43 +11,23 @@ from typing import Any
 
 from kantai.storage.json_lines import read_json_lines
 
-_RATE_WINDOW_STEPS = 50
+_WINDOW_STEPS = 50
 
 
-class Goodput:
-    """Share of the time in which nodes were allocated to a run that went into steps it kept, over all its starts.
-
-    The rest is starting, compiling, saving, evaluating, and steps that were lost and done again. ``starts.jsonl`` has when each start
-    got its nodes, and for how long they had been allocated before; a start counts up to its last record.
-    """
-
-    def __init__(self, path: Path, allocated_since: float, records: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
-        earlier = [(line.get("began"), line.get("seconds_before")) for line in read_json_lines(path)] if path.exists() else []
-        self._before, self._since = 0.0, allocated_since
-        for began, before in earlier[-1:]:
-            if isinstance(began, float) and isinstance(before, float):
-                ended = max([began, *(record["time"] for record in records)])
-                self._before, self._since = before + ended - began, max(ended, allocated_since)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"began": self._since, "seconds_before": self._before}) + "\n")
-        times = (record.get("speed/step_seconds") for record in kept if not record.get("train/skipped"))
-        self._useful = sum(seconds for seconds in times if isinstance(seconds, float))
-
-    def add(self, seconds: float) -> float:
-        """Count a step that was not skipped, and return the goodput."""
-        self._useful += seconds
-        return self._useful / max(self._before + time.time() - self._since, self._useful)
-
-
-class Speed:
-    """Tokens a second and model FLOPs utilisation over the last steps. Pauses (evaluation, saving) do not count."""
+class Throughput:
+    """Rates over the last 50 steps. Pauses, as for evaluating or saving, do not count."""
 
     def __init__(self, machine_flops_per_second: float) -> None:
-        self._machine = machine_flops_per_second
-        self._recent: deque[tuple[float, int, int]] = deque(maxlen=_RATE_WINDOW_STEPS)
+        """Start without steps.
 
-    def add(self, seconds: float, tokens: int, flops: int) -> None:
-        """Add a step of all ranks."""
+        Args:
+            machine_flops_per_second: measured rate of matrix products, over all ranks.
+        """
+        self._machine = machine_flops_per_second
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW_STEPS)
+
+    def observe(self, seconds: float, tokens: int, flops: int) -> None:
+        """Take note of a step of all ranks."""
         self._recent.append((seconds, tokens, flops))
 
     @property
@@ -55,16 +35,69 @@ class Speed:
         """Mean of the last steps."""
         return sum(seconds for seconds, _, _ in self._recent) / max(1, len(self._recent))
 
-    def as_metrics(self) -> dict[str, float]:
-        """``mfu`` is the share of the measured rate of this machine's matrix products, not of a data sheet's."""
-        seconds = sum(seconds for seconds, _, _ in self._recent) or math.inf
-        return {
-            "speed/tokens_per_second": sum(tokens for _, tokens, _ in self._recent) / seconds,
-            "speed/mfu": sum(flops for _, _, flops in self._recent) / seconds / self._machine,
-        }
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that are no padding."""
+        return sum(tokens for _, tokens, _ in self._recent) / self._seconds
+
+    @property
+    def mfu(self) -> float:
+        """Share of the measured rate of this machine's matrix products, not of a data sheet's."""
+        return sum(flops for _, _, flops in self._recent) / self._seconds / self._machine
+
+    @property
+    def _seconds(self) -> float:
+        return sum(seconds for seconds, _, _ in self._recent) or math.inf
+
+
+class Goodput:
+    """Share of the allocated time that went into steps that the run kept, over all its starts.
+
+    The rest is starting, compiling, saving, evaluating, and steps that were lost and done again.
+    ``starts.jsonl`` says when each start got its nodes, and for how long nodes had been allocated
+    to the run before. A start counts up to its last record.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        allocated_since: float,
+        records: list[dict[str, Any]],
+        kept: list[dict[str, Any]],
+    ) -> None:
+        """Add this start to the file.
+
+        Args:
+            path: ``starts.jsonl``.
+            allocated_since: when this start got its nodes, in Unix time.
+            records: all metrics so far.
+            kept: those of steps that are not done again.
+        """
+        self._seconds_before = 0.0
+        self._since = allocated_since
+        starts = list(read_json_lines(path)) if path.exists() else []
+        if starts:
+            began = starts[-1].get("began")
+            before = starts[-1].get("seconds_before")
+            if isinstance(began, float) and isinstance(before, float):
+                ended = max([began, *(record["time"] for record in records)])
+                self._seconds_before = before + ended - began
+                self._since = max(ended, allocated_since)
+        start = {"began": self._since, "seconds_before": self._seconds_before}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
+        times = (record.get("speed/step_seconds") for record in kept if not record.get("train/skipped"))
+        self._useful_seconds = sum(seconds for seconds in times if isinstance(seconds, float))
+
+    def after_step(self, useful_seconds: float) -> float:
+        """The goodput after a step; a skipped step has no useful seconds."""
+        self._useful_seconds += useful_seconds
+        allocated = self._seconds_before + time.time() - self._since
+        return self._useful_seconds / max(allocated, self._useful_seconds)
 
 
 def peak_memory_gib() -> float:
     """Most memory that this process has held, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if os.uname().sysname == "Darwin" else peak / 2**20  # bytes there, KiB on Linux
+    is_darwin = os.uname().sysname == "Darwin"
+    return peak / 2**30 if is_darwin else peak / 2**20  # bytes there, KiB on Linux

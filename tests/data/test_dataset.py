@@ -5,7 +5,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from kantai.config.batch_plan import BatchPlan
 from kantai.config.loading import load_config
 from kantai.config.schema import Config
 from kantai.data.dataset import open_data
@@ -33,7 +32,7 @@ def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(shards_
         tree = {"run_dir": "", "data": {"shards": str(shards_dir), "tokenizer": str(tokenizer_dir), "seq_len": 64}}
         sizes = {"global_batch_size": 64, "micro_batch_size": 64}
         data = open_data(Config.model_validate(tree | {"training": {"max_steps": 9}, "masking": masking, "batch": sizes}))
-        training, held_out = data.training_batches(1), data.held_out_batches(BatchPlan(64, 64, 1))[0]
+        training, held_out = data.training_batches(1), data.held_out_batches(rows=64)[0]
         return training.micro_batch(0, 0, 0).labels, training.micro_batch(8, 0, 0).labels, held_out.micro_batch(0, 0, 0).input_ids
 
     *_, expected = batches()

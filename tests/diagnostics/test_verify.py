@@ -27,7 +27,16 @@ def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_d
     for rows in (4, 5):
         config = load_config(CONFIG, [*TINY, *data_arguments, f"--batch.micro_batch_size={rows}", *NO_DROPOUT])
         data = open_data(config)
-        engine, batches = Engine(config, RankInfo(0, 1, 0), build_model(config, data.vocabulary)), data.training_batches(1)
+        engine, batches = (
+            Engine(
+                RankInfo(0, 1, 0),
+                build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed),
+                config.optimizer,
+                config.training,
+                seed=config.seed,
+            ),
+            data.training_batches(1),
+        )
         for step in range(2):
             micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
             engine.train_step(step, [MicroBatch(batches.micro_batch(step, micro_step, 0)) for micro_step in micro_steps], 1e-3)

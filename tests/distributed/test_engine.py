@@ -28,7 +28,13 @@ class Run:
     def __init__(self, *arguments: str) -> None:
         config = load_config(CONFIG, [*TINY, "--run_dir=unused", *arguments])
         data = open_data(config)
-        self.engine = Engine(config, RankInfo(0, 1, 0), build_model(config, data.vocabulary))
+        self.engine = Engine(
+            RankInfo(0, 1, 0),
+            build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed),
+            config.optimizer,
+            config.training,
+            seed=config.seed,
+        )
         self.batches = data.training_batches(1)
 
     def train_step(self, number: int, *limit: float) -> StepResult:

@@ -170,7 +170,7 @@ def test_one_run_passed_from_backend_to_backend(arguments: list[str], tmp_path: 
     saved, data = state(run / "fp32", 4), open_data(config)
     assert len(list(written.glob("*.safetensors"))) == 3
     assert not any("decoder.weight" in name for name in saved)
-    model = build_model(config, data.vocabulary)
+    model = build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed)
     load_weights(model, written)
     export(RunDir(run / "fp32", config, data), model, 4, tmp_path / "model")
     loaded = RobertaForMaskedLM.from_pretrained(tmp_path / "model")

@@ -65,7 +65,7 @@ def test_evaluate_says_what_training_said(run: Path) -> None:
 def test_the_exported_folder_is_stock_complete_and_the_trained_model(run: Path, model_dir: Path) -> None:
     verify(model_dir)
     opened, step = open_saved_run(run)
-    trained = build_model(opened.config, opened.data.vocabulary)
+    trained = build_model(opened.config.model, opened.data.vocabulary, seq_len=opened.config.data.seq_len, seed=opened.config.seed)
     load_weights(trained, opened.store.path(step))
     loaded, tokenizer = AutoModelForMaskedLM.from_pretrained(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
     assert type(loaded).__name__ == "RobertaForMaskedLM"

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from kantai.checkpoint.state import load_weights
 from kantai.checkpoint.store import CheckpointStore
 from kantai.cluster.environment import RankInfo
-from kantai.config.batch_plan import BatchPlan
 from kantai.config.loading import load_config
 from kantai.data.dataset import open_data
 from kantai.data.inspect import describe_shards, hash_stream
@@ -121,7 +120,7 @@ def reads(place: Path) -> Read:
         open_run_dir(config, data).newest()
         list(describe_shards(data.shards, data.vocabulary))
         hash_stream(data.training_batches(1), 0, 4)
-        data.held_out_batches(BatchPlan(4, 4, 1))[0].micro_batch(0, 0, 0)
+        data.held_out_batches(rows=4)[0].micro_batch(0, 0, 0)
         assert data.prompts() is not None
         assert np.isfinite(data.unigram_entropy)
 
@@ -188,7 +187,13 @@ def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     config = load_config(CONFIG, [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"])
     run_dir = open_run_dir(config, open_data(config))
     run_dir.create()
-    engine = Engine(config, RankInfo(0, 1, 0), build_model(config, run_dir.data.vocabulary))
+    engine = Engine(
+        RankInfo(0, 1, 0),
+        build_model(config.model, run_dir.data.vocabulary, seq_len=config.data.seq_len, seed=config.seed),
+        config.optimizer,
+        config.training,
+        seed=config.seed,
+    )
     store = run_dir.store
     store.supersede()
     for step in (2, 4):

@@ -28,7 +28,8 @@ SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.int
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path) -> MaskedRoberta:
     """Initialised as the quickstart's: large weights and sinusoidal positions, so that both context and place show in the logits."""
-    return build_model(load_config(ROOT / "configs/quickstart.yaml", SMALL), load_tokenizer(tokenizer_dir)).eval()
+    config = load_config(ROOT / "configs/quickstart.yaml", SMALL)
+    return build_model(config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed).eval()
 
 
 def batch_of(packing: str, shards_dir: Path, tokenizer_dir: Path) -> Batch:

@@ -28,7 +28,9 @@ def config(request: pytest.FixtureRequest, shards_dir: Path, tokenizer_dir: Path
 
 def model_and_batch(config: Config) -> tuple[MaskedRoberta, Batch]:
     data = open_data(config)
-    return build_model(config, data.vocabulary).eval(), data.training_batches(1).micro_batch(3, 0, 0)
+    return build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed).eval(), data.training_batches(
+        1
+    ).micro_batch(3, 0, 0)
 
 
 def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Config) -> None:
@@ -142,7 +144,7 @@ def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path
 
 def test_the_tutorials_model_has_its_83504416_parameters(tokenizer_dir: Path) -> None:
     config = load_config(ROOT / "configs/tutorial.yaml")
-    model = build_model(config, load_tokenizer(tokenizer_dir))
+    model = build_model(config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed)
     assert model.num_parameters() == 83_504_416
 
 

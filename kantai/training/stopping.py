@@ -1,0 +1,80 @@
+"""Agreement of all ranks, after every step, on what only some of them know."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kantai.checkpoint.store import CheckpointStore
+from kantai.cluster.signals import StopSignals
+from kantai.distributed.engine import Engine
+from kantai.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step.
+
+    Attributes:
+        stop: the run.
+        save: a checkpoint.
+        all_written: every rank's part of a checkpoint waits to be published.
+    """
+
+    stop: bool
+    save: bool
+    all_written: bool
+
+
+class StopCoordinator:
+    """Has all ranks agree to stop, to save, and to publish a checkpoint.
+
+    A signal may come to one rank alone, files are looked for by rank 0, and clocks differ: whoever
+    decided alone would leave the others waiting in a collective.
+    """
+
+    def __init__(self, run_dir: Path, engine: Engine, store: CheckpointStore) -> None:
+        self._run_dir = run_dir
+        self._engine = engine
+        self._store = store
+        self._signals = StopSignals(run_dir, looks=engine.rank_info.is_main)
+        self._own_reason: str | None = None
+
+    def agree(self, *, seconds_needed: float, save_is_due: bool, is_written: bool) -> Decision:
+        """Exchange what the ranks know; all of them call this after every step.
+
+        Args:
+            seconds_needed: to do another step, and to save.
+            save_is_due: rank 0's counts.
+            is_written: whether this rank's part of a checkpoint waits to be published.
+
+        Raises:
+            UserError: a later start of the run has superseded this one.
+        """
+        is_main = self._engine.rank_info.is_main
+        self._own_reason = self._signals.to_stop(seconds_needed)
+        flags = [
+            self._own_reason is not None,
+            is_main and (save_is_due or self._signals.to_save()),
+            is_written,
+            is_main and self._store.is_superseded(),
+        ]
+        sums = self._engine.sum_over_ranks(torch.tensor(flags, dtype=torch.float32))
+        stops, saves, written, superseded = sums.tolist()
+        if superseded:
+            raise UserError(f"{self._run_dir} has been superseded by a later start of the run: this one ends")
+        return Decision(bool(stops), bool(saves), written == self._engine.rank_info.world_size)
+
+    def acknowledge(self, *, stop: bool) -> None:
+        """Remove the files that asked for what is now being done.
+
+        Args:
+            stop: whether the run stops, too.
+        """
+        if self._engine.rank_info.is_main:
+            self._signals.answer(stop=stop)
+
+    def reason(self) -> str:
+        """Why the run stops; all ranks call this together."""
+        reasons = self._engine.from_all(self._own_reason)
+        return next(filter(None, reasons))

@@ -18,4 +18,4 @@ The package, bottom first. A folder imports only from those above it (``tests/te
     diagnostics/     preflight, verify, chaos
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -64,7 +64,9 @@ class Snapshot:
                 read_back = file.get_tensor(name)
                 # Bits are compared, as NaN does not equal NaN.
                 if not torch.equal(read_back.view(torch.int32), tensor.view(torch.int32)):
-                    raise OSError(f"{path} has another {name} than was written: the disk or the memory is faulty")
+                    raise OSError(
+                        f"{path} has another {name} than was written: the disk or the memory is faulty"
+                    )
         return path.name, entry
 
     def _reserve_room(self, path: Path) -> None:
@@ -102,7 +104,9 @@ class SavedState:
             paths = sorted(checkpoint.glob("state-*.safetensors"))
             files = [safe_open(path, framework="pt") for path in paths]
             self._files = {name: file for file in files for name in file.keys()}
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+            self.shapes = {
+                name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
+            }
             self.metadata: dict[str, str] = {}
             for file in files:
                 self.metadata |= file.metadata() or {}
@@ -124,7 +128,9 @@ class SavedState:
                 raise UserError(f"{self.checkpoint} {fault} tensor {name}: it is of another model")
         for name, shape in expected.items():
             if self.shapes[name] != shape:
-                raise UserError(f"{self.checkpoint}: {name} has shape {list(self.shapes[name])}, the model's is {list(shape)}")
+                raise UserError(
+                    f"{self.checkpoint}: {name} has shape {list(self.shapes[name])}, the model's is {list(shape)}"
+                )
 
     def numbers(self, *names: str) -> dict[str, float]:
         """What a snapshot holds beside tensors.
@@ -136,7 +142,9 @@ class SavedState:
             numbers = json.loads(self.metadata[_NUMBERS])
             return {name: float(numbers[name]) for name in names}
         except (KeyError, TypeError, ValueError, ArithmeticError):
-            raise UserError(f"{self.checkpoint} lacks the numbers that a run goes on with: it is no checkpoint of kantai's") from None
+            raise UserError(
+                f"{self.checkpoint} lacks the numbers that a run goes on with: it is no checkpoint of kantai's"
+            ) from None
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, read now."""
@@ -168,7 +176,9 @@ def named_state(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_named_state(optimizer: Optimizer, saved: SavedState, set_weight: Callable[[str, Tensor], None]) -> None:
+def load_named_state(
+    optimizer: Optimizer, saved: SavedState, set_weight: Callable[[str, Tensor], None]
+) -> None:
     """Set the weights and moments that this rank updates.
 
     Args:

@@ -39,7 +39,10 @@ class BatchPlan:
     @property
     def empty_rows(self) -> int:
         """Rows a step that are computed and weigh nothing."""
-        return self.world_size * self.gradient_accumulation_steps * self.micro_batch_size - self.global_batch_size
+        return (
+            self.world_size * self.gradient_accumulation_steps * self.micro_batch_size
+            - self.global_batch_size
+        )
 
     @property
     def _rows_per_rank(self) -> int:

@@ -2,83 +2,116 @@
 
 import contextlib
 import difflib
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
+from kantai.config.conversion import RENAMED
 from kantai.config.schema import MAY_CHANGE, Config
 from kantai.errors import UserError
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, but a number may be written 5e-4, as every paper does, and a key may not be given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse what SafeLoader skips: that a second section of one name replaces the first."""
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"{twice[0]} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that :class:`_Loader` would read as numbers."""
-
-
-_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), recorded: Config | None = None
+) -> Config:
     """Read a YAML file, lay ``--a.b=c`` overrides over it, and check the whole.
 
+    Args:
+        recorded: the settings of a run, for what neither file nor overrides give.
+
     Raises:
-        UserError: no such file, not YAML, an unknown key (the nearest known one is named), a wrong type or range.
+        UserError: no such file, not YAML, an unknown key (the nearest known one is named), a wrong
+            type or range.
     """
-    path = Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}; configs/ has some to start from") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"the config {path} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"the config {path} has no keys; configs/quickstart.yaml is one to start from")
-    tree = {key: value for key, value in tree.items() if value is not None}  # a section with nothing in it
-    for override in overrides:
-        _lay_over(tree, override)
+    tree = read_settings(path, overrides)
+    if recorded is not None:
+        tree = _lay_over_record(recorded.model_dump(), tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"config {path}: {_in_words(error)}") from None
+        raise UserError(f"config {path}: {_in_words(error, path)}") from None
     return _with_absolute_paths(config)
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings that a file and overrides give, unchecked.
+
+    Raises:
+        UserError: no such file, or not YAML, or an override that is none.
+    """
+    path = Path(path)
+    try:
+        tree = _yaml().load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the config {path}: {error.strerror}; configs/ has some to start from"
+        ) from None
+    except (YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"the config {path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"the config {path} has no keys; configs/quickstart.yaml is one to start from"
+        )
+    # A section with nothing in it is no section.
+    tree = {key: value for key, value in tree.items() if value is not None}
+    for override in overrides:
+        _lay_over(tree, override)
+    return tree
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write a config so that :func:`load_config` gives it back."""
-    path.write_text(yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(to_yaml(config.model_dump()), encoding="utf-8")
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """A tree of plain values as YAML, its keys in their order."""
+    text = io.StringIO()
+    _yaml().dump(tree, text)
+    return text.getvalue()
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
     """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
-    return {key: value for key, value, field in _leaves(config) if field.json_schema_extra != MAY_CHANGE}
+    values = config.model_dump()
+    found = {}
+    for key, field in schema(Config):
+        if field.json_schema_extra != MAY_CHANGE:
+            value: Any = values
+            for part in key.split("."):
+                value = value[part]
+            found[key] = value
+    return found
+
+
+def default_settings() -> dict[str, Any]:
+    """Flat ``a.b -> default`` of the settings that have one."""
+    fields = dict(schema(Config))
+    return {
+        key: field.get_default(call_default_factory=True)
+        for key, field in fields.items()
+        if not field.is_required()
+    }
 
 
 def refuse_other_run(config: Config, saved: Config) -> None:
-    """Compare a config with the one a run directory was started with.
+    """Compare a config with the one that a run directory was started with.
 
     Raises:
         UserError: a setting that decides the run's result differs.
     """
-    before, now = fixed_settings(saved), fixed_settings(config)
-    changed = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]]
+    before = fixed_settings(saved)
+    now = fixed_settings(config)
+    changed = [
+        f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]
+    ]
     if changed:
         raise UserError(
             f"{config.run_dir} belongs to a run of another config: {'; '.join(changed)}. "
@@ -89,58 +122,108 @@ def refuse_other_run(config: Config, saved: Config) -> None:
 def describe() -> str:
     """All keys with type, default and meaning, as text for ``--help``."""
     lines = []
-    for key, field in _schema(Config):
+    for key, field in schema(Config):
         default = "required" if field.is_required() else f"default {field.default}"
-        lines.append(f"  --{key}=...\n      {field.description} ({_kind(field.annotation)}; {default})")
+        kind = type_in_words(field.annotation)
+        lines.append(f"  --{key}=...\n      {field.description} ({kind}; {default})")
     return "\n".join(lines)
 
 
-def _kind(annotation: Any) -> str:
+def type_in_words(annotation: Any) -> str:
     """A type as a user would write its values."""
     if get_origin(annotation) is Annotated:
-        return _kind(get_args(annotation)[0])
+        return type_in_words(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " | ".join(get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(_kind(part) for part in get_args(annotation))
-    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+        return " | ".join(type_in_words(part) for part in get_args(annotation))
+    if annotation is type(None):
+        return "None"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def schema(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (``a.b``, pydantic field) of all settings below a section, in the order of the schema."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from schema(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+_TEXTS = {key for key, field in schema(Config) if field.annotation is str}
+
+
+def _yaml() -> YAML:
+    """YAML 1.2: a number may be written 5e-4, and a key given twice is an error."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
     match = re.fullmatch(r"--([\w.]+)=(.*)", override, re.DOTALL)
     if match is None:
-        raise UserError(f"cannot read the argument {override!r}: settings are given as --section.key=value")
-    keys = match[1].split(".")
+        raise UserError(
+            f"cannot read the argument {override!r}: settings are given as --section.key=value"
+        )
+    *sections, last = match[1].split(".")
     value: Any = match[2]
     if match[1] not in _TEXTS:  # a folder may be called 2026 or "a #1"
-        with contextlib.suppress(yaml.YAMLError, ValueError):
-            value = yaml.load(value, _Loader)
-    for key in keys[:-1]:
+        with contextlib.suppress(YAMLError, ValueError):
+            value = _yaml().load(value)
+    for key in sections:
         inner = tree.setdefault(key, {})
         if not isinstance(inner, dict):
             raise UserError(f"{override}: {key} is a value, not a section")
         tree = inner
-    tree[keys[-1]] = value
+    tree[last] = value
 
 
-def _in_words(error: ValidationError) -> str:
+def _lay_over_record(record: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run recorded, with those that are given now in their places."""
+    merged = dict(record)
+    for section, values in given.items():
+        recorded = record.get(section)
+        if isinstance(recorded, dict) and isinstance(values, dict):
+            if section == "training" and {"max_steps", "epochs"} & values.keys():
+                # A run has one of the two.
+                recorded = recorded | {"max_steps": None, "epochs": None}
+            merged[section] = recorded | values
+        else:
+            merged[section] = values
+    return merged
+
+
+def _in_words(error: ValidationError, path: str | Path) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = [key for key, _ in _schema(Config)] + list(Config.model_fields)
+        now = RENAMED.get(".".join(part for part in where.split(".") if not part.isdigit()))
+        if now is not None:
+            return (
+                f"{where} is called {now} now; python scripts/convert.py {path} renames it in a "
+                "file or run directory of kantai 0.1"
+            )
+        known = [key for key, _ in schema(Config)] + list(Config.model_fields)
         near = difflib.get_close_matches(where, known, n=1, cutoff=0) if where else []
-        return f"unknown key {where!r}; the nearest known one is {near[0]!r}" if near else f"unknown key {where!r}"
+        hint = f"; the nearest known one is {near[0]!r}" if near else ""
+        return f"unknown key {where!r}{hint}"
     if first["type"] == "missing":
         return f"{where} is missing; add it to the file or give --{where}=..."
-    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
+    is_section = isinstance(first["input"], dict | BaseModel)
+    given = "" if is_section else f", not {first['input']!r}"
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{where or 'it'}: {reason}{given}" if where else f"{reason}{given}"
+    return f"{where}: {reason}{given}" if where else f"{reason}{given}"
 
 
 def _with_absolute_paths(config: Config) -> Config:
     """A run directory must find its data again from any working directory."""
-    given = {key: value for key in ("shards", "tokenizer", "cache_dir") if (value := getattr(config.data, key)) is not None}
-    data = config.data.model_copy(update={key: _absolute(value) for key, value in given.items()})
+    paths = {key: getattr(config.data, key) for key in ("shards", "tokenizer", "cache_dir")}
+    given = {key: _absolute(path) for key, path in paths.items() if path is not None}
+    data = config.data.model_copy(update=given)
     return config.model_copy(update={"run_dir": _absolute(config.run_dir), "data": data})
 
 
@@ -148,23 +231,3 @@ def _absolute(path: str) -> str:
     if "://" in path:
         return path
     return str(Path(path).expanduser().absolute())
-
-
-def _schema(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _schema(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-_TEXTS = {key for key, field in _schema(Config) if field.annotation is str}
-
-
-def _leaves(config: Config) -> Iterator[tuple[str, Any, Any]]:
-    values = config.model_dump()
-    for key, field in _schema(Config):
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        yield key, value, field

@@ -14,12 +14,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-# A field so marked may differ when a run directory is resumed: it changes the speed or the place of a run, not its result.
+
+# A field so marked may differ when a run is resumed: it changes the run's speed or its folders, not
+# its result.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
 
 
 class Section(BaseModel):
-    """A frozen group of settings that knows no other keys than its own and converts no types silently."""
+    """A frozen group of settings. It knows no keys but its own and converts no types silently."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -28,40 +30,71 @@ class DataConfig(Section):
     """Which tokens, cut into which sequences."""
 
     shards: str = Field(
-        description="folder written by tokenize_corpus.py, or its URL (s3://, gs://, hf://, https://, ...)", json_schema_extra=MAY_CHANGE
+        description="folder written by tokenize_corpus.py, or its URL (s3://, gs://, hf://, "
+        "https://, ...)",
+        json_schema_extra=MAY_CHANGE,
     )
-    tokenizer: str = Field(description="folder of the tokenizer that the shards were made with", json_schema_extra=MAY_CHANGE)
+    tokenizer: str = Field(
+        description="folder of the tokenizer that the shards were made with",
+        json_schema_extra=MAY_CHANGE,
+    )
     seq_len: int = Field(512, ge=8, description="tokens a sequence, <s> included")
     packing: Literal["contiguous", "isolated", "padded"] = Field(
         "contiguous",
-        description="contiguous: the token stream cut into full sequences; isolated: the same, but documents do not see each other; "
-        "padded: one document a sequence",
+        description="contiguous: the token stream cut into full sequences; isolated: the same, but "
+        "documents do not see each other; padded: one document a sequence",
     )
-    shuffle_window: Positive = Field(64, description="shards, themselves shuffled, whose sequences are shuffled together")
-    workers: NotNegative = Field(0, description="data-loader processes a rank", json_schema_extra=MAY_CHANGE)
+    shuffle_window: Positive = Field(
+        64,
+        description="sequences are shuffled within windows of this many shards; shards are "
+        "shuffled, too",
+    )
+    workers: NotNegative = Field(
+        0, description="data-loader processes a rank", json_schema_extra=MAY_CHANGE
+    )
     verify_hashes: bool | None = Field(
-        None, description="hash the whole folder of shards at start; default: up to 4 GiB; else sizes alone", json_schema_extra=MAY_CHANGE
+        None,
+        description="compare the shards with their hashes at every start; default: up to 4 GiB, "
+        "and sizes alone beyond",
+        json_schema_extra=MAY_CHANGE,
     )
     cache_dir: str | None = Field(
         None,
-        description="folder of this node for shards that come from a URL; default: below the temporary one",
+        description="folder on each node for shards that come from a URL; default: below the "
+        "temporary folder",
         json_schema_extra=MAY_CHANGE,
     )
-    cache_gb: float = Field(100.0, gt=0, description="most gigabytes in it", json_schema_extra=MAY_CHANGE)
+    cache_gb: float = Field(
+        100.0,
+        gt=0,
+        description="maximum size of that folder, in gigabytes",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class MaskingConfig(Section):
     """Which tokens are hidden, and behind what."""
 
     unit: Literal["token", "word", "span"] = Field(
-        "token", description="what is hidden as a whole: tokens, words, or spans of 3.8 words on average (SpanBERT)"
+        "token",
+        description="what is hidden as a whole: tokens, words, or spans of 3.8 words on average "
+        "(SpanBERT)",
     )
-    ratio: float = Field(0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted")
+    ratio: float = Field(
+        0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted"
+    )
     final_ratio: float | None = Field(
-        None, gt=0, lt=1, description="to which the ratio goes in equal steps until the last step; default: it stays"
+        None,
+        gt=0,
+        lt=1,
+        description="ratio at the last step, reached linearly; default: the ratio does not change",
     )
-    mask_share: Share = Field(0.8, description="share of those shown as <mask>")
-    random_share: Share = Field(0.1, description="share of those shown as a random token; the rest is shown as it is")
+    mask_share: Share = Field(0.8, description="share of those tokens that is shown as <mask>")
+    random_share: Share = Field(
+        0.1,
+        description="share of those tokens that is shown as a random token; the rest is shown as "
+        "it is",
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> "MaskingConfig":
@@ -71,44 +104,64 @@ class MaskingConfig(Section):
 
 
 class ModelConfig(Section):
-    """A transformers RobertaConfig; the defaults are roberta-base's."""
+    """A transformers RobertaConfig. The defaults are roberta-base's."""
 
     hidden_size: Positive = Field(768, description="width")
     num_hidden_layers: Positive = Field(12, description="layers")
-    num_attention_heads: Positive = Field(12, description="attention heads; must divide hidden_size")
+    num_attention_heads: Positive = Field(
+        12, description="attention heads; must divide hidden_size"
+    )
     intermediate_size: Positive = Field(3072, description="width of the feed-forward layers")
     hidden_dropout_prob: Probability = Field(0.1, description="dropout on hidden states")
-    attention_probs_dropout_prob: Probability = Field(0.1, description="dropout on attention weights")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    attention_probs_dropout_prob: Probability = Field(
+        0.1, description="dropout on attention weights"
+    )
+    initializer_range: float = Field(
+        0.02, gt=0, description="standard deviation of the initial weights"
+    )
     position_init: Literal["normal", "sinusoidal"] = Field(
-        "normal", description="initial position embeddings; sinusoidal: as learnable as ever, but a shift is a rotation from the start"
+        "normal",
+        description="initial position embeddings; sinusoidal ones can be learned as well, but a "
+        "shift is a rotation from the start",
     )
     layer_norm_eps: float = Field(1e-5, gt=0, description="epsilon of the layer norms")
     vocab_size: Positive | None = Field(
-        None, description="rows of the embedding; default: the tokenizer's size, rounded up to a multiple of 64"
+        None,
+        description="rows of the embedding; default: the tokenizer's size, rounded up to a "
+        "multiple of 64",
     )
-    max_position_embeddings: Positive | None = Field(None, description="default: data.seq_len + 2, as RoBERTa counts them")
+    max_position_embeddings: Positive | None = Field(
+        None, description="default: data.seq_len + 2, as RoBERTa counts them"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}")
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size "
+                f"{self.hidden_size}"
+            )
         return self
 
 
 class BatchConfig(Section):
-    """How many sequences make a step. Gradient accumulation follows from these two and the world size."""
+    """How many sequences make a step.
+
+    Gradient accumulation follows from these two and the world size.
+    """
 
     global_batch_size: Positive = Field(256, description="sequences a step, over all ranks")
     micro_batch_size: Positive = Field(
-        32, description="most sequences a rank computes at once: what fits its memory", json_schema_extra=MAY_CHANGE
+        32,
+        description="maximum number of sequences that a rank computes at once: what fits its memory",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
 class StageConfig(Section):
-    """An early part of a run with shorter sequences or smaller batches than ``data`` and ``batch`` say for the rest."""
+    """An early part of a run, with shorter sequences or smaller batches."""
 
-    until_step: Positive = Field(description="where it ends")
+    until_step: Positive = Field(description="step at which the stage ends")
     seq_len: int | None = Field(None, ge=8, description="default: data.seq_len")
     global_batch_size: Positive | None = Field(None, description="default: batch.global_batch_size")
 
@@ -117,34 +170,46 @@ class OptimizerConfig(Section):
     """AdamW or Muon, and the learning rate."""
 
     name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: for the matrices between embedding and vocabulary, with AdamW for the rest, at one learning rate"
+        "adamw",
+        description="muon: for the matrices between embedding and vocabulary, with AdamW for the "
+        "rest, at one learning rate",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "wsd"] = Field("linear", description="decay to 0: linear, cosine, or flat and then linear")
-    warmup_steps: NotNegative = Field(0, description="steps of linear warm-up from 0")
-    decay_steps: Positive | None = Field(None, description="steps of the final decay of wsd; default: a tenth of the run")
+    schedule: Literal["linear", "cosine", "wsd"] = Field(
+        "linear", description="decay to 0: linear, cosine, or wsd (stable, then linear)"
+    )
+    warmup_steps: NotNegative = Field(0, description="steps of linear warmup from 0")
+    decay_steps: Positive | None = Field(
+        None, description="steps of the final decay of wsd; default: a tenth of the run"
+    )
     adam_beta1: Probability = Field(0.9, description="decay of the first moment")
     adam_beta2: Probability = Field(0.98, description="decay of the second moment")
     adam_eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
     muon_momentum: Probability = Field(0.95, description="decay of Muon's momentum")
-    weight_decay: float = Field(0.01, ge=0, description="decay of matrices; never of biases and layer norms")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
+    weight_decay: float = Field(
+        0.01, ge=0, description="decay of matrices; biases and layer norms never decay"
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients are clipped to this norm; 0: never"
+    )
 
 
 class TrainingConfig(Section):
-    """How long, in what arithmetic. Exactly one of max_steps and epochs is given."""
+    """How long, and in what arithmetic. Give exactly one of max_steps and epochs."""
 
     max_steps: Positive | None = Field(None, description="length of the run in steps")
-    epochs: float | None = Field(None, gt=0, description="length of the run in passes over the training split")
+    epochs: float | None = Field(
+        None, gt=0, description="length of the run in passes over the training split"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="arithmetic of matrix products and what moves between them; weights, moments and gradients are fp32 throughout, and "
-        "fp16 has its losses scaled",
+        description="arithmetic of matrix products and type of what moves between them; weights, "
+        "moments and gradients are always fp32, and fp16 has its losses scaled",
     )
     compile: bool = Field(
         False,
-        description="have torch.compile fuse what lies between a layer's matrix products: some seconds at the first start, kept for later "
-        "ones; not done under ZeRO-3",
+        description="have torch.compile fuse what lies between a layer's matrix products: some "
+        "seconds at the first start, kept for later ones; not done under ZeRO-3",
         json_schema_extra=MAY_CHANGE,
     )
 
@@ -160,36 +225,39 @@ class CheckpointConfig(Section):
 
     every_steps: Positive | None = Field(
         None,
-        description="steps between checkpoints; one more is written at the end. Default: as often as costs least, by the measured time "
-        "that saving holds training up and mtbf_hours (Young 1974, Daly 2006)",
+        description="steps between checkpoints; one more is saved at the end. Default: every ten "
+        "minutes, or less often where saving would hold training up for over 2 % of the time",
         json_schema_extra=MAY_CHANGE,
     )
-    mtbf_hours: float = Field(
-        24.0, gt=0, description="mean time between failures of all that the run runs on", json_schema_extra=MAY_CHANGE
+    keep: int = Field(
+        3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE
     )
-    keep: int = Field(3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE)
 
 
 class FailuresConfig(Section):
     """What is done about bad numbers, hangs and flipped bits."""
 
     max_skipped: Positive = Field(
-        3, description="steps skipped in a row for bad numbers, after which the run goes back to a checkpoint and skips their data"
+        3,
+        description="steps skipped in a row for bad numbers, after which the run goes back to a "
+        "checkpoint and skips their data",
     )
     spike_factor: float | None = Field(
         20.0,
         gt=1,
-        description="loss or gradient norm, as a multiple of its median over the last 100 steps, from which on a step is skipped; "
-        "None: only where one is no finite number",
+        description="a step is skipped when its loss or gradient norm is this many times the "
+        "median of the last 100 steps; None: only when one is not finite",
     )
     hang_seconds: Positive = Field(
         1800,
-        description="seconds without a finished step, after which every rank writes where it is to RUN/stacks and exits",
+        description="seconds without a finished step, after which every rank writes the stacks of "
+        "its threads to RUN/stacks and exits",
         json_schema_extra=MAY_CHANGE,
     )
     compare_replicas_every: Positive | None = Field(
         None,
-        description="steps between comparisons of the ranks' weights, bit by bit, and before every save; default: never",
+        description="steps between comparisons of the ranks' weights, bit by bit; also done before "
+        "every save; default: never",
         json_schema_extra=MAY_CHANGE,
     )
 
@@ -198,19 +266,31 @@ class EvaluationConfig(Section):
     """When the held-out split is evaluated, and on how much of it."""
 
     every_steps: Positive = Field(
-        1000, description="steps between evaluations; one more follows the last step", json_schema_extra=MAY_CHANGE
+        1000,
+        description="steps between evaluations; one more follows the last step",
+        json_schema_extra=MAY_CHANGE,
     )
-    max_sequences: Positive = Field(4096, description="most held-out sequences evaluated", json_schema_extra=MAY_CHANGE)
+    max_sequences: Positive = Field(
+        4096,
+        description="maximum number of held-out sequences evaluated",
+        json_schema_extra=MAY_CHANGE,
+    )
     prompts: list[str] = Field(
-        [], description="texts with one <mask> to fill in; default: some from the held-out split", json_schema_extra=MAY_CHANGE
+        [],
+        description="texts with one <mask> to fill in; default: some from the held-out split",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
 class Config(Section):
     """A whole run."""
 
-    run_dir: str = Field(description="folder of everything the run writes", json_schema_extra=MAY_CHANGE)
-    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights, the sample order, the masks and dropout")
+    run_dir: str = Field(
+        description="folder of everything the run writes", json_schema_extra=MAY_CHANGE
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the initial weights, the sample order, masks and dropout"
+    )
     data: DataConfig
     training: TrainingConfig
     masking: MaskingConfig = MaskingConfig()
@@ -221,31 +301,42 @@ class Config(Section):
     failures: FailuresConfig = FailuresConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     stages: list[StageConfig] = Field(
-        [], description="early parts with other sizes, as [{until_step: 1000, seq_len: 128, global_batch_size: 64}]"
+        [],
+        description="early parts with other sizes, as [{until_step: 1000, seq_len: 128, "
+        "global_batch_size: 64}]",
     )
 
     @model_validator(mode="after")
     def _stages_follow(self) -> "Config":
         ends = [stage.until_step for stage in self.stages]
+        max_steps = self.training.max_steps
         if ends != sorted(set(ends)):
             raise ValueError("stages: each must end after the one before")
-        if ends and self.training.max_steps is not None and ends[-1] >= self.training.max_steps:
-            raise ValueError(f"stages: until_step {ends[-1]} must be less than training.max_steps {self.training.max_steps}")
+        if ends and max_steps is not None and ends[-1] >= max_steps:
+            raise ValueError(
+                f"stages: until_step {ends[-1]} must be less than training.max_steps {max_steps}"
+            )
         if any((stage.seq_len or 0) > self.data.seq_len for stage in self.stages):
-            raise ValueError(f"stages: no seq_len may exceed data.seq_len {self.data.seq_len}, for which the model has positions")
+            raise ValueError(
+                f"stages: no seq_len may exceed data.seq_len {self.data.seq_len}, for which the "
+                "model has positions"
+            )
         return self
 
-    def batch_shapes(self) -> "list[BatchShape]":
-        """What a step consists of in each stage, the last one without an end."""
+    def batch_shapes(self) -> list[BatchShape]:
+        """The sizes of steps in each stage. The last one has no end."""
         final = StageConfig(until_step=sys.maxsize)
         starts = [0, *(stage.until_step for stage in self.stages)]
-        return [
-            BatchShape(
-                start,
-                seq_len := stage.seq_len or self.data.seq_len,
-                stage.global_batch_size or self.batch.global_batch_size,
-                # What fits is given for data.seq_len: of shorter sequences more do.
-                self.batch.micro_batch_size * self.data.seq_len // seq_len,
+        shapes = []
+        for start, stage in zip(starts, [*self.stages, final], strict=True):
+            seq_len = stage.seq_len or self.data.seq_len
+            shapes.append(
+                BatchShape(
+                    first_step=start,
+                    seq_len=seq_len,
+                    global_batch_size=stage.global_batch_size or self.batch.global_batch_size,
+                    # micro_batch_size is what fits at data.seq_len; of shorter rows, more fit.
+                    max_micro_batch_size=self.batch.micro_batch_size * self.data.seq_len // seq_len,
+                )
             )
-            for start, stage in zip(starts, [*self.stages, final], strict=True)
-        ]
+        return shapes

@@ -19,6 +19,9 @@ from kantai.data.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer
 from kantai.errors import UserError
 from kantai.storage.remote_cache import Cache
 
+# Of what a config shows at each step: raised when a release would show a run other data.
+STREAM_VERSION = 1
+
 _EVALUATION_SEED = 0  # held-out masks are the same in every run, so that their losses can be compared
 _DERIVED_PROMPTS = 3
 _PROMPT_TOKENS = 24

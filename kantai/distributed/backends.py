@@ -58,7 +58,9 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> tuple[Backend, str]:
+def make_backend(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float
+) -> tuple[Backend, str]:
     """The backend that the launcher chose, and its name.
 
     Args:
@@ -78,7 +80,9 @@ def make_backend(accelerator: Accelerator, model: nn.Module, optimizer: Optimize
 class PyTorch:
     """One process alone, or PyTorch's DDP: every rank has all weights, gradients and moments."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip_norm: float) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip_norm: float
+    ) -> None:
         self.model = accelerator.prepare(model)
         self._accelerator = accelerator
         self._optimizer = optimizer
@@ -120,7 +124,9 @@ class PyTorch:
 class DeepSpeedDDP:
     """DeepSpeed's stage 0: its own data parallelism, with all weights and moments on every rank."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip_norm: float) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip_norm: float
+    ) -> None:
         self.model, _ = accelerator.prepare(model, optimizer)
         self._accelerator = accelerator
         self._optimizer = optimizer
@@ -159,7 +165,9 @@ class DeepSpeedZero:
     so they are not used.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, stage: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, stage: int
+    ) -> None:
         self.model, _ = accelerator.prepare(model, optimizer)
         self._optimizer = optimizer
         self._zero: Any = self.model.optimizer
@@ -261,7 +269,9 @@ def _settle_buckets(ddp: DistributedDataParallel, model: nn.Module) -> None:
     model.zero_grad()
 
 
-def _tensors_of_stages_1_and_2(zero: Any, optimizer: Optimizer, names: dict[int, str]) -> list[ShardedTensor]:
+def _tensors_of_stages_1_and_2(
+    zero: Any, optimizer: Optimizer, names: dict[int, str]
+) -> list[ShardedTensor]:
     groups = zip(
         optimizer.param_groups,
         zero.single_partition_of_fp32_groups,
@@ -284,7 +294,9 @@ def _tensors_of_stages_1_and_2(zero: Any, optimizer: Optimizer, names: dict[int,
     return found
 
 
-def _tensors_of_stage_3(zero: Any, optimizer: Optimizer, names: dict[int, str]) -> list[ShardedTensor]:
+def _tensors_of_stage_3(
+    zero: Any, optimizer: Optimizer, names: dict[int, str]
+) -> list[ShardedTensor]:
     found = []
     groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
     for number, (tensor, parameters) in enumerate(groups):

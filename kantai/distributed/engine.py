@@ -121,7 +121,9 @@ class Engine:
             model.compile_parts()
         # DeepSpeed and DDP move weights in place, so the optimizer may be built before them.
         self.optimizer = build_optimizer(model.to(self.device), optimizer)
-        self.backend, self.backend_name = make_backend(self.accelerator, model, self.optimizer, optimizer.max_grad_norm)
+        self.backend, self.backend_name = make_backend(
+            self.accelerator, model, self.optimizer, optimizer.max_grad_norm
+        )
         self.model = self.backend.model
         self._host: dict[str, Tensor] = {}
 
@@ -166,7 +168,9 @@ class Engine:
             accuracy=accuracy,
             grad_norm=norm,
             tokens=counts.tokens,
-            flops=training_flops(self.raw_model.config, counts.tokens, counts.attended_pairs, max(1, counts.masked)),
+            flops=training_flops(
+                self.raw_model.config, counts.tokens, counts.attended_pairs, max(1, counts.masked)
+            ),
             skipped=not has_stepped and not overflowed,
             loss_scale=scale,
         )
@@ -181,7 +185,9 @@ class Engine:
         masked, tokens, pairs = self.sum_over_ranks(torch.tensor(own, dtype=torch.float64)).tolist()
         return _Counts(int(masked), int(tokens), int(pairs))
 
-    def _forward_backward(self, step: int, micro_batches: Sequence[MicroBatch], masked: int) -> tuple[Tensor, Tensor]:
+    def _forward_backward(
+        self, step: int, micro_batches: Sequence[MicroBatch], masked: int
+    ) -> tuple[Tensor, Tensor]:
         """Add up gradients. Returns the loss and the accuracy over all ranks, on the device."""
         self.model.train()
         sums = torch.zeros(2, device=self.device)
@@ -251,14 +257,21 @@ class Engine:
         Raises:
             UserError: some rank's weights differ.
         """
-        bits = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in self.raw_model.parameters()]
+        bits = [
+            parameter.detach().view(torch.int32).sum(dtype=torch.int64)
+            for parameter in self.raw_model.parameters()
+        ]
         sums = self.from_all((platform.node(), torch.stack(bits).tolist()))
         copies = [tuple(copy) for _, copy in sums]
         usual = statistics.mode(copies)
         if all(copy == usual for copy in copies):
             return
         has_majority = 2 * copies.count(usual) > len(copies)
-        suspects = [f"rank {rank} ({node})" for rank, (node, _) in enumerate(sums) if not has_majority or copies[rank] != usual]
+        suspects = [
+            f"rank {rank} ({node})"
+            for rank, (node, _) in enumerate(sums)
+            if not has_majority or copies[rank] != usual
+        ]
         found = "has other weights than the rest"
         if not has_majority:
             found = "differ in their weights, and none has most ranks on its side"

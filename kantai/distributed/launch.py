@@ -19,7 +19,9 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
-def join(rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | None = None) -> Accelerator:
+def join(
+    rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | None = None
+) -> Accelerator:
     """The accelerator of this rank.
 
     Args:

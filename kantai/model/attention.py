@@ -17,7 +17,9 @@ def pick(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float
+) -> Tensor:
     """Attention of queries to keys and values, where the mask is true.
 
     Args:

@@ -69,7 +69,9 @@ class _Head(RobertaLMHead):
         # bf16 steps of a loss of 5 are 1/32.
         logits = logits.flatten(0, -2).float()
         labels = labels.flatten()
-        loss_sum = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        loss_sum = nn.functional.cross_entropy(
+            logits, labels, ignore_index=IGNORED_LABEL, reduction="sum"
+        )
         return loss_sum, (logits.detach().argmax(1) == labels).sum().float()
 
 
@@ -188,7 +190,9 @@ class MaskedRoberta(RobertaForMaskedLM):
         return is_half and not dropout and head_size % 8 == 0 and head_size <= 128
 
 
-def build_model(config: ModelConfig, vocabulary: Vocabulary, *, seq_len: int, seed: int) -> MaskedRoberta:
+def build_model(
+    config: ModelConfig, vocabulary: Vocabulary, *, seq_len: int, seed: int
+) -> MaskedRoberta:
     """A freshly initialised model. Its weights are a function of the seed.
 
     Args:

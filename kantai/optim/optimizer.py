@@ -27,7 +27,9 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": 0.0})  # the engine sets it at every step
         betas = (config.adam_beta1, config.adam_beta2)
-        self.adamw = torch.optim.AdamW(self._groups_of("adamw"), betas=betas, eps=config.adam_eps, fused=True)
+        self.adamw = torch.optim.AdamW(
+            self._groups_of("adamw"), betas=betas, eps=config.adam_eps, fused=True
+        )
         self.optimizers: list[Any] = [self.adamw]
         muon_groups = self._groups_of("muon")
         self.muon = Muon(muon_groups, config.muon_momentum) if muon_groups else None

@@ -87,7 +87,9 @@ class Checkpointer:
         errors = self._engine.from_all("" if error is None else f"{type(error).__name__}: {error}")
         for rank, text in enumerate(errors):
             if text:
-                raise UserError(f"checkpoint {self.step} could not be written by rank {rank} ({text}); the one before is good")
+                raise UserError(
+                    f"checkpoint {self.step} could not be written by rank {rank} ({text}); the one before is good"
+                )
         files = dict(self._engine.from_all(written.result()))
         self._engine.on_main(lambda: self._publish(files))
         self.stall_seconds += time.monotonic() - start

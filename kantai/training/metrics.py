@@ -25,7 +25,9 @@ class Metrics:
     A resumed run goes on after its last checkpoint: what was logged of later steps is dropped.
     """
 
-    def __init__(self, run_dir: Path, store: CheckpointStore, first_step: int, allocated_since: float) -> None:
+    def __init__(
+        self, run_dir: Path, store: CheckpointStore, first_step: int, allocated_since: float
+    ) -> None:
         """Open the files.
 
         Raises:

@@ -32,7 +32,9 @@ class Progress:
                 file=sys.stderr,
             )
 
-    def show_step(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+    def show_step(
+        self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float
+    ) -> None:
         """Show that ``step`` steps are done."""
         if self._bar is not None:
             text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"

@@ -1,7 +1,12 @@
-"""Which run is this? A run directory, the config and data that it belongs to, and how far it has come. No torch: looking is quick."""
+"""A run directory: the config and data that it belongs to, and how far the run has come.
+
+Looking at one imports no torch, so it takes a second.
+"""
 
 import importlib.metadata
+import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,15 +14,26 @@ from typing import Any
 
 import kantai
 from kantai.checkpoint.store import CheckpointStore
-from kantai.config.loading import fixed_settings, load_config, refuse_other_run, save_config
+from kantai.config.loading import (
+    default_settings,
+    fixed_settings,
+    load_config,
+    read_settings,
+    refuse_other_run,
+    save_config,
+)
 from kantai.config.schema import Config
-from kantai.data.dataset import Data, open_data
+from kantai.data.dataset import STREAM_VERSION, Data, open_data
 from kantai.errors import UserError
+from kantai.optim.schedule import check_schedule
 from kantai.storage.atomic import digest, replaced, sha256
 from kantai.training.skipped_data import SkippedData
 
 CONFIG_FILE = "config.yaml"
+VERSION_FILE = "version.json"
 PROMPTS_FILE = "prompts.txt"
+FORMAT = 2  # of run directories: the names of their files and of what is in them
+_LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -30,67 +46,122 @@ class RunDir:
 
     @cached_property
     def store(self) -> CheckpointStore:
-        """Its checkpoints."""
+        """The run's checkpoints."""
         return CheckpointStore(self.path)
 
     def is_finished(self) -> bool:
         """Whether the last step's checkpoint is there, whole."""
-        return self.store.steps()[-1:] == [self.data.max_steps] and self.newest() == self.data.max_steps
+        last = self.data.max_steps
+        return self.store.steps()[-1:] == [last] and self.newest() == last
 
     def newest(self, *, set_aside: bool = False) -> int:
-        """Step count of the newest valid checkpoint, 0 where there is none.
+        """Step of the newest valid checkpoint, 0 where there is none.
 
         Args:
             set_aside: move damaged ones out of the way; for one process alone.
 
         Raises:
-            UserError: it was made from other shards or with another tokenizer; or there are checkpoints, and all of them are damaged.
+            UserError: it belongs to other settings, shards or another tokenizer; or there are
+                checkpoints, and all of them are damaged.
         """
         found = self.store.newest_valid(set_aside=set_aside)
-        if found is None:
-            if damaged := self.store.steps():
-                raise UserError(
-                    f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring one back from a copy, or remove that "
-                    "folder to begin with step 0"
-                )
-            return 0
-        step, manifest = found
-        ours, theirs = self.lineage, manifest.get("lineage")
-        theirs = theirs if isinstance(theirs, dict) else {}
-        for key in ("shards", "tokenizer"):
-            if theirs.get(key) != ours[key]:
-                raise UserError(
-                    f"{self.store.path(step)} was trained on other {key} than {getattr(self.config.data, key)}: name those of its start"
-                )
-        known, passed = SkippedData.of(self.path), theirs.get("skipped_data", [])
-        if not isinstance(passed, list) or not {str(list(window)) for window in known.windows} >= set(map(str, passed)):
-            raise UserError(f"{known.path} lacks what checkpoint {step} says of data that was skipped: bring it back from a copy")
-        return step
+        if found is not None:
+            step, manifest = found
+            self._check_lineage(step, manifest.get("lineage"))
+            return step
+        damaged = self.store.steps()
+        if damaged:
+            raise UserError(
+                f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring "
+                "one back from a copy, or remove that folder to begin with step 0"
+            )
+        return 0
 
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with replaced(self.path / CONFIG_FILE) as partial:  # first: it is what makes a folder a run directory
+        # The config comes first: it is what makes a folder a run directory.
+        with replaced(self.path / CONFIG_FILE) as partial:
             save_config(self.config, partial)
+        save_version(self.path)
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
-        (self.path / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+        text = "".join(f"{prompt}\n" for prompt in prompts)
+        (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
         (self.path / "stacks").mkdir(exist_ok=True)
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
-        """Fingerprints of everything that decides the result, for checkpoints and the model card."""
+        """Everything that decides the result, for checkpoints and the model card."""
         sources = sorted(Path(kantai.__file__).parent.rglob("*.py"))
+        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        settings = fixed_settings(self.config)
         return {
-            "config": digest(fixed_settings(self.config)),
+            "settings": settings,
+            "config": digest(settings),
             "shards": digest(self.data.shards.manifest["files"]),
             "tokenizer": self.data.vocabulary.fingerprint,
             "code": digest([sha256(path) for path in sources]),
             "versions": {
                 "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy")},
+                **versions,
                 "kantai": kantai.__version__,
             },
         }
+
+    def _check_lineage(self, step: int, lineage: Any) -> None:
+        theirs = lineage if isinstance(lineage, dict) else {}
+        checkpoint = self.store.path(step)
+        self._check_settings(checkpoint, theirs.get("settings"))
+        for key in ("shards", "tokenizer"):
+            if theirs.get(key) != self.lineage[key]:
+                raise UserError(
+                    f"{checkpoint} was trained on other {key} than "
+                    f"{getattr(self.config.data, key)}: name those of its start"
+                )
+        known = SkippedData.of(self.path)
+        skipped = theirs.get("skipped_data", [])
+        windows = {str(list(window)) for window in known.windows}
+        if not isinstance(skipped, list) or not windows >= set(map(str, skipped)):
+            raise UserError(
+                f"{known.path} lacks what checkpoint {step} says of data that was skipped: bring "
+                "it back from a copy"
+            )
+
+    def _check_settings(self, checkpoint: Path, theirs: Any) -> None:
+        """Compare settings key by key. A setting that a later release added had its default."""
+        if not isinstance(theirs, dict):
+            raise UserError(f"{checkpoint} does not say with which settings it was made")
+        ours = self.lineage["settings"]
+        defaults = default_settings()
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key not in ours:
+                raise UserError(
+                    f"{checkpoint} was made with {key}, which this release does not know"
+                )
+            before = theirs.get(key, defaults.get(key))
+            if before != ours[key]:
+                raise UserError(
+                    f"{checkpoint} was made with {key} {before!r}, and {self.path / CONFIG_FILE} "
+                    f"says {ours[key]!r}: bring that back to what it was"
+                )
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load a config; what it leaves out is as the run recorded it, if the run has begun.
+
+    So a default may change in a later release, and a run goes on as it began.
+
+    Raises:
+        UserError: see :func:`load_config`; or the run directory is of another release.
+    """
+    run_dir = read_settings(path, overrides).get("run_dir")
+    if not isinstance(run_dir, str):
+        return load_config(path, overrides)
+    recorded = Path(run_dir).expanduser() / CONFIG_FILE
+    if not recorded.is_file():
+        return load_config(path, overrides)
+    check_version(recorded.parent)
+    return load_config(path, overrides, load_config(recorded))
 
 
 def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
@@ -100,20 +171,26 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
         resume: go on where there is something to go on from.
 
     Raises:
-        UserError: the directory is another run's, or no run's, or there is a run and ``resume`` is not wanted.
+        UserError: the directory is another run's, or no run's, or of another release, or there is
+            a run and ``resume`` is not wanted.
     """
+    check_schedule(config.optimizer, data.max_steps)
     path = Path(config.run_dir)
     if (path / CONFIG_FILE).exists():
         if not resume:
-            raise UserError(f"{path} has a run already: leave --resume at auto to continue it, or give another --run_dir=...")
+            raise UserError(
+                f"{path} has a run already: leave --resume at auto to continue it, or give another "
+                "--run_dir=..."
+            )
+        check_version(path)
         refuse_other_run(config, load_config(path / CONFIG_FILE))
-    elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(f".{CONFIG_FILE}") for entry in path.iterdir())):
+    elif path.exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
     return RunDir(path, config, data)
 
 
 def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
-    """An existing run with its data, and the step count of its newest valid checkpoint.
+    """An existing run with its data, and the step of its newest valid checkpoint.
 
     Raises:
         UserError: no run there, its data is gone, or it has saved nothing yet.
@@ -122,7 +199,9 @@ def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
     opened = RunDir(Path(config.run_dir), config, open_data(config))
     step = opened.newest()
     if step == 0:
-        raise UserError(f"{run_dir} has no valid checkpoint yet: run pretrain.py until it saves one")
+        raise UserError(
+            f"{run_dir} has no valid checkpoint yet: run pretrain.py until it saves one"
+        )
     return opened, step
 
 
@@ -130,10 +209,62 @@ def saved_config(run_dir: str | Path) -> Config:
     """The config of an existing run directory.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is of another release.
     """
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}; pretrain.py makes one")
+        raise UserError(
+            f"{run_dir} is no run directory: it has no {CONFIG_FILE}; pretrain.py makes one"
+        )
+    check_version(path.parent)
     # The directory may have been moved since.
-    return load_config(path).model_copy(update={"run_dir": str(Path(run_dir).absolute())})
+    moved = {"run_dir": str(Path(run_dir).absolute())}
+    return load_config(path).model_copy(update=moved)
+
+
+def save_version(run_dir: Path) -> None:
+    """Say which release a run directory is of, and which data stream its run is shown."""
+    version = {"kantai": kantai.__version__, "format": FORMAT, "stream": STREAM_VERSION}
+    with replaced(run_dir / VERSION_FILE) as partial:
+        partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
+
+
+def check_version(run_dir: Path) -> None:
+    """Refuse a run directory that this release would misread, or continue with other data.
+
+    Raises:
+        UserError: it says what to do.
+    """
+    path = run_dir / VERSION_FILE
+    if not path.exists():
+        if any((run_dir / "checkpoints").glob("update-*")) or _has_old_settings(run_dir):
+            raise UserError(
+                f"{run_dir} is a run of kantai 0.1: convert it, once, with "
+                f"python scripts/convert.py {run_dir}"
+            )
+        return
+    try:
+        version = json.loads(path.read_text(encoding="utf-8"))
+        release = str(version["kantai"])
+        run_format = int(version["format"])
+        stream = int(version["stream"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: bring it back from a copy") from None
+    if run_format != FORMAT or stream != STREAM_VERSION:
+        fault = "names its files otherwise" if run_format != FORMAT else "would show it other data"
+        raise UserError(
+            f"{run_dir} is a run of kantai {release}, and this release ({kantai.__version__}) "
+            f"{fault}: continue it with kantai {release}"
+        )
+
+
+def _has_old_settings(run_dir: Path) -> bool:
+    text = (run_dir / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
+    return "_updates:" in text or "until_update:" in text
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing but what a start that was killed at once left there."""
+    if not path.is_dir():
+        return False
+    return all(entry.name.startswith(f".{CONFIG_FILE}") for entry in path.iterdir())

@@ -98,7 +98,9 @@ class RunLogger:
                     "speed/goodput": self._metrics.goodput.after_step(useful_seconds),
                 },
             )
-        self._progress.show_step(step, result.loss, throughput.tokens_per_second, throughput.seconds_per_step)
+        self._progress.show_step(
+            step, result.loss, throughput.tokens_per_second, throughput.seconds_per_step
+        )
 
     def log_evaluation(
         self,

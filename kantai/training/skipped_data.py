@@ -1,4 +1,4 @@
-"""Data that a run was not to see again after bad numbers."""
+"""Data that a run is not to see again after bad numbers."""
 
 import json
 from pathlib import Path
@@ -6,46 +6,69 @@ from pathlib import Path
 from kantai.checkpoint.store import CheckpointStore
 from kantai.errors import UserError
 
+SKIPPED_DATA_FILE = "skipped_data.jsonl"
+
 
 class SkippedData:
-    """The data that a run was not to see again after bad numbers: ``skipped_data.jsonl`` in its directory.
+    """The windows of data that a run skips: ``skipped_data.jsonl`` in its directory.
 
-    With it, what step *t* is shown stays a function of config, data, seed and *t*.
+    With the file, what step *t* is shown stays a function of config, data, seed and *t*.
 
     Attributes:
-        windows: (step from which on it holds, first step whose data was skipped, and the one behind the last).
+        windows: (step from which on it holds, first step whose data is skipped, the one behind the
+            last).
     """
 
     def __init__(self, path: Path, windows: list[tuple[int, int, int]]) -> None:
-        self.path, self.windows = path, windows
+        self.path = path
+        self.windows = windows
 
     @classmethod
     def of(cls, run_dir: Path) -> "SkippedData":
-        """Of a run directory.
+        """The skipped data of a run directory.
 
         Raises:
             UserError: the file is damaged.
         """
-        path = run_dir / "skipped_data.jsonl"
+        path = run_dir / SKIPPED_DATA_FILE
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            records = [json.loads(line) for line in lines]
-            return cls(
-                path,
-                [(int(each["from_step"]), int(each["first"]), int(each["stop"])) for each in records],
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            raise UserError(f"{path} is damaged: it says which data the run skips; bring it back from a copy") from None
+            windows = [cls._window(json.loads(line)) for line in lines]
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ):
+            raise UserError(
+                f"{path} is damaged: it says which data the run skips; bring it back from a copy"
+            ) from None
+        return cls(path, windows)
+
+    @staticmethod
+    def _window(record: dict[str, int]) -> tuple[int, int, int]:
+        return int(record["from_step"]), int(record["first"]), int(record["stop"])
 
     def data_step(self, step: int) -> int:
-        """The step whose data a step is shown."""
-        return step + sum(stop - first for from_step, first, stop in self.windows if from_step <= step)
+        """The step whose data, by the config, a step is shown."""
+        skipped = (stop - first for start, first, stop in self.windows if start <= step)
+        return step + sum(skipped)
 
     def skip(self, back: int, done: int, store: CheckpointStore) -> None:
-        """From step ``back`` on, skip the data that steps up to ``done`` were shown; for the latest start's rank 0."""
+        """Skip, from step ``back`` on, the data of steps up to ``done``; for rank 0.
+
+        Raises:
+            UserError: a later start of the run has superseded this one.
+        """
         window = (back, self.data_step(back), self.data_step(done - 1) + 1)
-        # What had been skipped after the checkpoint is within this window.
-        self.windows = [*(each for each in self.windows if each[0] <= back), window]
+        # What was skipped after the checkpoint is within this window.
+        self.windows = [*(earlier for earlier in self.windows if earlier[0] <= back), window]
+        records = [
+            {"from_step": start, "first": first, "stop": stop}
+            for start, first, stop in self.windows
+        ]
         with store.replaced(self.path) as partial:
-            records = ({"from_step": each, "first": first, "stop": stop} for each, first, stop in self.windows)
-            partial.write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+            lines = (json.dumps(record) + "\n" for record in records)
+            partial.write_text("".join(lines), encoding="utf-8")

@@ -62,7 +62,9 @@ class StopCoordinator:
         sums = self._engine.sum_over_ranks(torch.tensor(flags, dtype=torch.float32))
         stops, saves, written, superseded = sums.tolist()
         if superseded:
-            raise UserError(f"{self._run_dir} has been superseded by a later start of the run: this one ends")
+            raise UserError(
+                f"{self._run_dir} has been superseded by a later start of the run: this one ends"
+            )
         return Decision(bool(stops), bool(saves), written == self._engine.rank_info.world_size)
 
     def acknowledge(self, *, stop: bool) -> None:

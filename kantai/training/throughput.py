@@ -86,7 +86,9 @@ class Goodput:
         start = {"began": self._since, "seconds_before": self._seconds_before}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
-        times = (record.get("speed/step_seconds") for record in kept if not record.get("train/skipped"))
+        times = (
+            record.get("speed/step_seconds") for record in kept if not record.get("train/skipped")
+        )
         self._useful_seconds = sum(seconds for seconds in times if isinstance(seconds, float))
 
     def after_step(self, useful_seconds: float) -> float:

@@ -153,7 +153,9 @@ class Trainer:
             prefetcher.advance(data_step(step))
             yield step, micro_batches, waited_seconds
 
-    def train_step(self, step: int, micro_batches: list[MicroBatch], waited_seconds: float) -> StepResult:
+    def train_step(
+        self, step: int, micro_batches: list[MicroBatch], waited_seconds: float
+    ) -> StepResult:
         """Do one step and log it."""
         self._enter_stage(step)
         rate = learning_rate(self.schedule, step, self.max_steps)
@@ -161,9 +163,13 @@ class Trainer:
         result = self.engine.train_step(step, micro_batches, rate, *self.monitor.limits())
         seconds = time.perf_counter() - start + waited_seconds
         self.monitor.observe(result)
-        self.logger.log_step(step + 1, result, rate, step_seconds=seconds, data_wait_seconds=waited_seconds)
+        self.logger.log_step(
+            step + 1, result, rate, step_seconds=seconds, data_wait_seconds=waited_seconds
+        )
         if result.skipped:
-            self.logger.say(f"a step was skipped: loss {result.loss:.3g}, gradient norm {result.grad_norm:.3g}")
+            self.logger.say(
+                f"a step was skipped: loss {result.loss:.3g}, gradient norm {result.grad_norm:.3g}"
+            )
         self.watchdog.kick()
         return result
 
@@ -176,7 +182,9 @@ class Trainer:
         """
         saving_seconds = self.checkpointer.stall_seconds + self.checkpointer.write_seconds
         decision = self.stopping.agree(
-            seconds_needed=2 * (self.throughput.seconds_per_step + saving_seconds) + self.evaluation_seconds + _MARGIN_SECONDS,
+            seconds_needed=2 * (self.throughput.seconds_per_step + saving_seconds)
+            + self.evaluation_seconds
+            + _MARGIN_SECONDS,
             save_is_due=self.checkpointer.is_due(done),
             is_written=self.checkpointer.is_written(),
         )
@@ -240,7 +248,9 @@ class Trainer:
         """Put the checkpoint that is being written, if there is one, into its place."""
         checkpointer = self.checkpointer
         if checkpointer.publish():
-            self.logger.log_checkpoint(checkpointer.step, checkpointer.stall_seconds, checkpointer.write_seconds)
+            self.logger.log_checkpoint(
+                checkpointer.step, checkpointer.stall_seconds, checkpointer.write_seconds
+            )
         self.watchdog.kick()
 
     def finish(self, done: int) -> None:
@@ -280,7 +290,9 @@ class Trainer:
     def _skip_data(self, done: int) -> int:
         back = self.run_dir.newest(set_aside=True)
         if back == 0:
-            raise UserError("loss or gradient are no finite numbers, and no checkpoint was saved before: lower optimizer.learning_rate")
+            raise UserError(
+                "loss or gradient are no finite numbers, and no checkpoint was saved before: lower optimizer.learning_rate"
+            )
         rollbacks = [from_step for from_step, _, _ in self.skipped_data.windows]
         if rollbacks.count(back) == _MAX_ROLLBACKS:
             raise UserError(

@@ -1,6 +1,8 @@
-"""Export the newest checkpoint of a run as a Hugging Face model folder, after loading it back and comparing logits.
+"""Export the newest checkpoint of a run as a Hugging Face model folder.
 
 python scripts/export.py runs/quickstart/run --output model
+
+The folder appears only after it was loaded back and has given the same logits.
 """
 
 import argparse
@@ -11,7 +13,9 @@ from kantai.training.run_dir import open_saved_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="run directory")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args()
@@ -26,10 +30,14 @@ def main() -> None:
     from kantai.model.roberta import build_model
 
     logging.disable_progress_bar()
-    model = build_model(run_dir.config.model, run_dir.data.vocabulary, seq_len=run_dir.config.data.seq_len, seed=run_dir.config.seed)
+    data = run_dir.data
+    model = build_model(run_dir.config.model, data.vocabulary, seq_len=data.seq_len, seed=data.seed)
     load_weights(model, run_dir.store.path(step))
     difference = export(run_dir, model, step, arguments.output)
-    print(f'{arguments.output}: step {step}, loaded back with pipeline("fill-mask"), logits equal within {difference:.1g}')
+    print(
+        f'{arguments.output}: step {step}, loaded back with pipeline("fill-mask"), '
+        f"logits equal within {difference:.1g}"
+    )
 
 
 if __name__ == "__main__":

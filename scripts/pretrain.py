@@ -1,6 +1,7 @@
 """Pretrain a masked language model, or go on with it: the same command does both.
 
-accelerate launch --config_file configs/accelerate/cpu.yaml scripts/pretrain.py --config configs/quickstart.yaml
+accelerate launch --config_file configs/accelerate/cpu.yaml \
+    scripts/pretrain.py --config configs/quickstart.yaml
 """
 
 import argparse
@@ -8,10 +9,10 @@ import sys
 
 from kantai.cluster.environment import RankInfo
 from kantai.cluster.signals import EXIT_STOPPED
-from kantai.config.loading import describe, load_config
+from kantai.config.loading import describe
 from kantai.data.dataset import open_data
 from kantai.errors import run_command
-from kantai.training.run_dir import open_run_dir
+from kantai.training.run_dir import load_run_config, open_run_dir
 
 
 def main() -> None:
@@ -20,22 +21,34 @@ def main() -> None:
         epilog="settings, in the YAML file or as arguments:\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file of the run; any key in it can be overridden by --section.key=value")
     parser.add_argument(
-        "--resume", choices=["auto", "never"], default="auto", help="auto: go on from the newest valid checkpoint of run_dir (default)"
+        "--config",
+        required=True,
+        help="YAML file of the run; --section.key=value overrides any key in it",
     )
-    parser.add_argument("--check", action="store_true", help="check config, data and run directory, and start nothing; takes a second")
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: go on from the newest valid checkpoint of run_dir (default)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check config, data and run directory, and start nothing; takes a second",
+    )
     arguments, overrides = parser.parse_known_args()
 
     rank_info = RankInfo.from_environment()
-    config = load_config(arguments.config, overrides)
+    config = load_run_config(arguments.config, overrides)
     data = open_data(config, hashes=rank_info.is_main)
     run_dir = open_run_dir(config, data, resume=arguments.resume == "auto")
     if arguments.check or run_dir.is_finished():
         if rank_info.is_main:
             print(f"{run_dir.path}: {run_dir.newest()} of {data.max_steps} steps done")
         return
-    from torch.distributed.elastic.multiprocessing.errors import record  # torch is what bad input need not wait for
+    # Only now: bad input need not wait for torch.
+    from torch.distributed.elastic.multiprocessing.errors import record
 
     from kantai.training.trainer import train
 

@@ -1,4 +1,4 @@
-"""How good is it? The loss on the held-out split under masks that never change, and words for the masks of some prompts."""
+"""The held-out loss, under masks that never change, and words for the masks of prompts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +15,15 @@ from kantai.data.tokenizer import Vocabulary
 
 @dataclass(frozen=True)
 class Score:
-    """Of all masked tokens of the held-out split."""
+    """Of all masked tokens of the held-out split.
 
-    loss: float  # nats a masked token
+    Attributes:
+        loss: nats a masked token.
+        accuracy: share of the masked tokens that are predicted right.
+        masked: number of masked tokens.
+    """
+
+    loss: float
     accuracy: float
     masked: int
 
@@ -38,13 +44,14 @@ def held_out_score(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Score a model; every rank takes its rows of every step, and all get the same score.
+    """Score a model. Every rank takes its rows of every step, and all get the same score.
 
     Args:
-        batches, steps: see :meth:`kantai.data.dataset.Data.held_out_batches`.
+        batches: see :meth:`kantai.data.dataset.Data.held_out_batches`.
+        steps: that go through them once.
         device: of the model.
         sum_over_ranks: adds a tensor over all ranks.
-        after_batch: is called after each of them.
+        after_batch: called after each batch.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -52,32 +59,49 @@ def held_out_score(
         for micro_step in range(batches.stage_at(step).plan.gradient_accumulation_steps):
             batch = batches.micro_batch(step, micro_step, rank)
             loss_sum, correct = model(**MicroBatch(batch).on(device))
-            sums += torch.tensor([loss_sum.item(), correct.item(), float((batch.labels != IGNORED_LABEL).sum())], dtype=torch.float64)
+            masked = float((batch.labels != IGNORED_LABEL).sum())
+            numbers = [loss_sum.item(), correct.item(), masked]
+            sums += torch.tensor(numbers, dtype=torch.float64)
             after_batch()
-    loss_sum, correct, masked = sum_over_ranks(sums).tolist()
-    return Score(loss_sum / max(1.0, masked), correct / max(1.0, masked), int(masked))
+    total_loss, total_correct, total_masked = sum_over_ranks(sums).tolist()
+    count = max(1.0, total_masked)
+    return Score(total_loss / count, total_correct / count, int(total_masked))
 
 
 @torch.no_grad()
 def fill_masks(
-    model: nn.Module, vocabulary: Vocabulary, prompts: Sequence[str], max_length: int, top_k: int = 5
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    prompts: Sequence[str],
+    max_length: int,
+    top_k: int = 5,
 ) -> list[list[tuple[str, float]]]:
-    """The ``top_k`` likeliest words for the ``<mask>`` of each prompt, with their probabilities, likeliest first.
+    """The likeliest words for the ``<mask>`` of each prompt, with their probabilities.
 
     Args:
-        max_length: tokens that the model has positions for; what a prompt has beyond is not seen.
+        max_length: tokens that the model has positions for. What a prompt has beyond is not seen.
+        top_k: words a prompt.
+
+    Returns:
+        For each prompt (word, probability), the likeliest first; none where its mask is not seen.
     """
     model.eval()
     device = next(model.parameters()).device
+    tokenizer = vocabulary.tokenizer
     answers: list[list[tuple[str, float]]] = []
     for prompt in prompts:
-        ids = vocabulary.tokenizer.encode(prompt).ids[:max_length]
+        ids = tokenizer.encode(prompt).ids[:max_length]
         if vocabulary.mask_id not in ids:
             answers.append([])
             continue
-        with torch.compiler.set_stance("force_eager"):  # each prompt has its own length, which is not worth compiling for
-            logits = model(torch.tensor([ids], device=device)).logits[0, ids.index(vocabulary.mask_id), : vocabulary.size]
-        best = logits.float().softmax(0).topk(top_k)
-        words = [vocabulary.tokenizer.decode([token], skip_special_tokens=False).strip() for token in best.indices.tolist()]
+        # Each prompt has its own length, which is not worth compiling for.
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(torch.tensor([ids], device=device)).logits[0]
+        masked = logits[ids.index(vocabulary.mask_id), : vocabulary.size]
+        best = masked.float().softmax(0).topk(top_k)
+        words = [
+            tokenizer.decode([token], skip_special_tokens=False).strip()
+            for token in best.indices.tolist()
+        ]
         answers.append(list(zip(words, best.values.tolist(), strict=True)))
     return answers

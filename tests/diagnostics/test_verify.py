@@ -8,7 +8,7 @@ from kantai.cluster.environment import RankInfo
 from kantai.config.loading import load_config
 from kantai.data.dataset import open_data
 from kantai.data.loader import MicroBatch
-from kantai.diagnostics.verify import TOLERANCES, of_states
+from kantai.diagnostics.verify import TOLERANCES, compare_states
 from kantai.distributed.engine import Engine
 from kantai.model.roberta import build_model
 from tests.helpers.commands import CONFIG, TINY
@@ -43,10 +43,10 @@ def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_d
         (tmp_path / str(rows)).mkdir()
         engine.save_state(tmp_path / str(rows))
     one, other = tmp_path / "4", tmp_path / "5"
-    assert 0 < of_states(one, other, with_rounding=False) <= TOLERANCES["fp32"][1]
-    assert of_states(one, other, with_rounding=True) > 0.1
+    assert 0 < compare_states(one, other, with_rounding=False) <= TOLERANCES["fp32"][1]
+    assert compare_states(one, other, with_rounding=True) > 0.1
     (path,) = other.glob("*.safetensors")
     tensors = load_file(path)
     tensors["lm_head.bias/exp_avg_sq"] *= 1.01
     save_file(tensors, path)
-    assert of_states(one, other, with_rounding=False) > TOLERANCES["fp32"][1]
+    assert compare_states(one, other, with_rounding=False) > TOLERANCES["fp32"][1]

@@ -175,14 +175,8 @@ def named_state(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
                 yield _entry(part.name, key), whole
 
 
-@torch.no_grad()
-def load_named_state(
-    optimizer: Optimizer, saved: SavedState, set_weight: Callable[[str, Tensor], None]
-) -> None:
-    """Set the weights and moments that this rank updates.
-
-    Args:
-        set_weight: gives the model a weight, where the optimizer's tensors are not its own.
+def check_named_state(optimizer: Optimizer, saved: SavedState) -> None:
+    """Compare the tensors of a checkpoint with those of an optimizer.
 
     Raises:
         UserError: a tensor is missing, is one too many, or has another shape.
@@ -195,6 +189,18 @@ def load_named_state(
             for key in ("", *MOMENTS[sharded.kind])
         }
     )
+
+
+@torch.no_grad()
+def load_named_state(
+    optimizer: Optimizer, saved: SavedState, set_weight: Callable[[str, Tensor], None]
+) -> None:
+    """Set the weights and moments that this rank updates.
+
+    Args:
+        saved: which :func:`check_named_state` has passed.
+        set_weight: gives the model a weight, where the optimizer's tensors are not its own.
+    """
     for sharded in optimizer.layout.tensors:
         moments = optimizer.moments(sharded)
         for part in sharded.slices:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from kantai.config.conversion import RENAMED
@@ -53,6 +54,9 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         raise UserError(
             f"cannot read the config {path}: {error.strerror}; configs/ has some to start from"
         ) from None
+    except DuplicateKeyError as error:
+        key = str(error.problem).split('"')[1]
+        raise UserError(f"the config {path} is not YAML: {key} is given twice") from None
     except (YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"the config {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -297,8 +297,6 @@ def _train_plainly(subject: _Subject, world_size: int) -> Trace:
     raw.compute_dtype = subject.model.compute_dtype
     model: Any = DistributedDataParallel(raw) if world_size > 1 else raw
     optimizer = build_optimizer(raw, config)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate
     batches = subject.data.training_batches(world_size)
     rank = subject.rank_info.rank if world_size > 1 else 0
     scale = _LOSS_SCALE if subject.engine.precision == "fp16" else 1.0

@@ -18,7 +18,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from kantai.checkpoint.state import SavedState, Snapshot, load_named_state, named_state
+from kantai.checkpoint.state import (
+    SavedState,
+    Snapshot,
+    check_named_state,
+    load_named_state,
+    named_state,
+)
 from kantai.cluster.environment import RankInfo
 from kantai.config.schema import OptimizerConfig, TrainingConfig
 from kantai.data.loader import MicroBatch
@@ -344,6 +350,7 @@ class Engine:
             UserError: a tensor is missing, is one too many, or has another shape.
         """
         saved = SavedState(folder)
+        check_named_state(self.optimizer, saved)
         numbers = saved.numbers("steps", "loss_scale", "good_steps")
         load_named_state(self.optimizer, saved, self.backend.set_weight)
         self.optimizer.steps = numbers["steps"]

@@ -25,7 +25,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        super().__init__(groups, {"lr": 0.0})  # the engine sets it at every step
+        super().__init__(groups, {"lr": config.learning_rate})
         betas = (config.adam_beta1, config.adam_beta2)
         self.adamw = torch.optim.AdamW(
             self._groups_of("adamw"), betas=betas, eps=config.adam_eps, fused=True

@@ -15,7 +15,7 @@ from kantai.checkpoint.state import Snapshot
 def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.tensor([[math.nan, -0.0]]), "b": torch.tensor(1.0)}
     snapshot = Snapshot("state", tensors, {"steps": 1.0})
-    name, entry = snapshot.write(tmp_path)
+    name, entry = snapshot.save(tmp_path)
     assert (name, entry["bytes"]) == ("state", (tmp_path / "state").stat().st_size)
 
     def faulty(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -23,7 +23,7 @@ def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monk
 
     monkeypatch.setattr("kantai.checkpoint.state.save_file", faulty)
     with pytest.raises(OSError, match=r"/state has another b than was written"):
-        snapshot.write(tmp_path)
+        snapshot.save(tmp_path)
 
 
 def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeyp
     snapshot = Snapshot("state", {f"tensor-{number}-{'x' * 100}": torch.zeros(3, 4) for number in range(50)}, {"steps": 1.0})
     asked: list[int] = []
     monkeypatch.setattr(os, "posix_fallocate", lambda _, start, size: asked.append(start + size))
-    _, entry = snapshot.write(tmp_path)
+    _, entry = snapshot.save(tmp_path)
     assert entry["bytes"] <= asked[0] <= entry["bytes"] + 50 * 1024
 
     def refuse(*_: int) -> None:
@@ -40,5 +40,5 @@ def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     monkeypatch.setattr("kantai.checkpoint.state.save_file", lambda *_, **__: pytest.fail("was written"))
     with pytest.raises(OSError, match="quota exceeded"):
-        snapshot.write(tmp_path)
+        snapshot.save(tmp_path)
     assert list(tmp_path.iterdir()) == []

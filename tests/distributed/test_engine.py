@@ -19,6 +19,7 @@ from kantai.data.loader import MicroBatch
 from kantai.distributed.engine import Engine, StepResult
 from kantai.errors import UserError
 from kantai.model.roberta import build_model
+from kantai.optim.sharding import Layout
 from tests.helpers.commands import CONFIG, TINY
 
 
@@ -108,15 +109,16 @@ def test_a_watchdog_hears_of_every_micro_step(start: Callable[..., Run]) -> None
 def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read = start(), list[str]()
     run.engine.save_state(tmp_path)
-    first, *others = run.engine.optimizer.sharded
-    (part,) = first.parts
-    run.engine.optimizer.sharded = [dataclasses.replace(first, parts=[dataclasses.replace(part, numel=0)]), *others]
+    first, *others = run.engine.optimizer.layout.tensors
+    (part,) = first.slices
+    empty = dataclasses.replace(first, slices=[dataclasses.replace(part, numel=0)])
+    run.engine.optimizer.set_layout(Layout([empty, *others]))
     real = SavedState.__getitem__
     monkeypatch.setattr(SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name))
     run.engine.load_state(tmp_path)
     assert part.name in read  # the model has it whole
     assert [name for name in read if name.startswith(f"{part.name}/")] == []
-    assert f"{others[0].parts[0].name}/exp_avg" in read
+    assert f"{others[0].slices[0].name}/exp_avg" in read
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from kantai.cluster.environment import RankInfo
 from kantai.data.batches import Batches
-from kantai.distributed.backends import DeepSpeedZero, Torch
+from kantai.distributed.backends import DeepSpeedZero, PyTorch
 from kantai.distributed.engine import Engine
 
 rank_info = RankInfo.from_environment()
@@ -31,23 +31,23 @@ def mean_of_means() -> None:
 def dropped_rank() -> None:
     """One rank's gradients do not arrive."""
 
-    def drop(kind: type[Torch]) -> None:
+    def drop(kind: type[PyTorch]) -> None:
         real = kind.backward
         kind.backward = lambda self, loss, scale: real(self, loss * (not is_last), scale)  # type: ignore[method-assign]
 
-    drop(Torch)
+    drop(PyTorch)
     drop(DeepSpeedZero)
 
 
 def dropped_micro_step() -> None:
     """The gradients of all micro-steps but the last are lost."""
-    real = Torch.accumulating
+    real = PyTorch.accumulating
 
-    def forgetting(self: Torch, last: bool) -> Any:
-        self.raw_model.zero_grad()
+    def forgetting(self: PyTorch, last: bool) -> Any:
+        self._optimizer.zero_grad()
         return real(self, last)
 
-    Torch.accumulating = forgetting  # type: ignore[method-assign]
+    PyTorch.accumulating = forgetting  # type: ignore[method-assign]
 
 
 def other_data() -> None:
@@ -62,7 +62,7 @@ def lost_moment() -> None:
 
     def forgetting(self: Engine, folder: Path) -> None:
         real(self, folder)
-        for sharded in self.optimizer.sharded:
+        for sharded in self.optimizer.layout.tensors:
             self.optimizer.moments(sharded)["exp_avg_sq"].zero_()
 
     Engine.load_state = forgetting  # type: ignore[method-assign]
@@ -83,26 +83,26 @@ def flipped_bit() -> None:
 
 def bad_gradient() -> None:
     """One rank, and no other, has a gradient that is no number, after gradients were exchanged."""
-    real = Torch.step
+    real = PyTorch.step
     calls = []
 
-    def spoiling(self: Torch, *rest: Any) -> Any:
+    def spoiling(self: PyTorch, *rest: Any) -> Any:
         calls.append(0)
         if is_last and len(calls) == 4:
-            next(self.raw_model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+            self._parameters[0].grad[0, 0] = float("nan")  # type: ignore[index]
         return real(self, *rest)
 
-    Torch.step = spoiling  # type: ignore[method-assign]
+    PyTorch.step = spoiling  # type: ignore[method-assign]
 
 
 def third_engine_refused() -> None:
     """No fault but a limit: there is memory for two engines at once."""
     real, alive = Engine.__init__, weakref.WeakSet[Any]()
 
-    def counting(self: Engine, *rest: Any) -> None:
+    def counting(self: Engine, *rest: Any, **named: Any) -> None:
         assert len(alive) < 2, "a third engine"
-        real(self, *rest)
-        alive.add(self.optimizer.sharded[0].tensor)  # whoever holds it
+        real(self, *rest, **named)
+        alive.add(self.optimizer.layout.tensors[0].tensor)  # whoever holds it
 
     Engine.__init__ = counting  # type: ignore[method-assign]
 
@@ -110,17 +110,17 @@ def third_engine_refused() -> None:
 def bad_gradient_and_stop() -> None:
     """The same, and at that moment the run is asked to stop."""
     bad_gradient()
-    real = Torch.step
+    real = PyTorch.step
     calls = []
     (run,) = (Path(argument.removeprefix("--run_dir=")) for argument in sys.argv if argument.startswith("--run_dir="))
 
-    def asking(self: Torch, *rest: Any) -> Any:
+    def asking(self: PyTorch, *rest: Any) -> Any:
         calls.append(0)
         if rank_info.is_main and len(calls) == 4:
             (run / "STOP").touch()
         return real(self, *rest)
 
-    Torch.step = asking  # type: ignore[method-assign]
+    PyTorch.step = asking  # type: ignore[method-assign]
 
 
 def exploding_loss() -> None:

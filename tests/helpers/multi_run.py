@@ -20,13 +20,13 @@ from kantai.cluster.environment import RankInfo
 from kantai.data.loader import MicroBatch
 from kantai.distributed.engine import Engine, StepResult
 from kantai.distributed.loss_scale import LossScale
-from kantai.optim import optimizer as optim
+from kantai.optim import sharding
 
 ROOT = Path(__file__).parents[2]
 rank_info = RankInfo.from_environment()
-close, step = Engine.close, Engine.train_step
+leave, step = Engine.leave, Engine.train_step
 last: list[Engine] = []
-optim._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
+sharding._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
 
 
 def poisoned(calls: list[int]) -> Any:
@@ -65,7 +65,7 @@ def leave_open(self: Engine) -> None:
     last[:] = [self]
 
 
-Engine.close = leave_open  # type: ignore[method-assign]
+Engine.leave = leave_open  # type: ignore[method-assign]
 for job in json.loads(Path(sys.argv[1]).read_text()):
     Engine.train_step = poisoned(job["poisoned"])  # type: ignore[method-assign]
     if job["source"] is not None:
@@ -76,4 +76,4 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     except SystemExit as stop:
         if stop.code:
             raise
-close(last[0])
+leave(last[0])

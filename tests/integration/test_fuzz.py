@@ -199,11 +199,11 @@ def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     for step in (2, 4):
         store.publish(step, engine.save_state(store.begin(step)), lineage=run_dir.lineage)
     metrics = Metrics(run, store, 1, 0.0)
-    metrics.write(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/step_seconds": 1.0})
-    metrics.close()
-    SkippedData.of(run).add(2, 3, store)
+    metrics.log(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/step_seconds": 1.0})
+    metrics.finish()
+    SkippedData.of(run).skip(2, 3, store)
     yield run, engine
-    engine.close()
+    engine.leave()
 
 
 def resumes(run: Path, engine: Engine) -> Read:
@@ -282,8 +282,8 @@ def gone_on_with(run: Path) -> None:
     store.supersede()
     metrics = Metrics(run, store, 2, 0.0)
     metrics.last("train/loss", 5)
-    metrics.goodput.add(1.0)
-    metrics.write(2, {"train/loss": 1.0})
-    metrics.close()
+    metrics.goodput.after_step(1.0)
+    metrics.log(2, {"train/loss": 1.0})
+    metrics.finish()
     for line in (run / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] <= 2

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kantai.optim import optimizer as optim
-from kantai.optim.optimizer import ParamSlice, ShardedTensor, build_optimizer
+from kantai.optim import sharding
+from kantai.optim.optimizer import build_optimizer
+from kantai.optim.sharding import Layout, ParamSlice, ShardedTensor
 from tests.helpers.tiny_model import Tiny, load, trained
 
 
@@ -22,12 +23,12 @@ def test_adamw_decays_matrices_and_embeddings_alone() -> None:
 
 def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five parameters laid end to end, cut in two in the middle of the third, in buckets of 100 elements or more."""
-    monkeypatch.setattr(optim, "_BUCKET_ELEMENTS", 100)
+    monkeypatch.setattr(sharding, "_BUCKET_ELEMENTS", 100)
     shapes = [(8, 10), (30,), (7, 9), (110,), (2, 3)]
     wholes = [torch.randn(shape) for shape in shapes]
     flat, cut = torch.cat([whole.flatten() for whole in wholes]), 80 + 30 + 31
-    optimizer, buckets, sums = build_optimizer(Tiny(), load().optimizer), list[int](), []
-    optimizer.sum_over_ranks = lambda values: buckets.append(values.numel()) or values
+    buckets, sums = list[int](), []
+    layout = Layout([], lambda values: buckets.append(values.numel()) or values)
     for first, last in ((0, cut), (cut, flat.numel())):
         parts, begin = [], 0
         for name, whole in enumerate(wholes):
@@ -35,7 +36,7 @@ def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(monkey
             parts.append(ParamSlice(str(name), tuple(whole.shape), start - begin, start - first if end > start else 0, end - start))
             begin += whole.numel()
         values = flat[first:last]
-        sums.append(list(optimizer.whole(ShardedTensor(values, "adamw", parts), values)))
+        sums.append(list(layout.gather(ShardedTensor(values, "adamw", parts), values)))
     assert buckets == 2 * [110, 173, 6]
     for whole, (part, one), (_, other) in zip(wholes, *sums, strict=True):
         assert torch.equal(one + other, whole), part
@@ -47,13 +48,13 @@ def test_a_step_that_was_called_off_changes_nothing(name: str) -> None:
     optimizer = build_optimizer(model, load(f"--optimizer.name={name}").optimizer)
     trained(optimizer, model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    moments = [{key: value.clone() for key, value in optimizer.moments(sharded).items()} for sharded in optimizer.sharded]
+    moments = [{key: value.clone() for key, value in optimizer.moments(sharded).items()} for sharded in optimizer.layout.tensors]
     steps = [state["step"].clone() for state in optimizer.state.values() if "step" in state]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    optimizer.found_inf = torch.ones(())
+    optimizer.set_scaling(torch.ones(()))
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    for sharded, kept in zip(optimizer.sharded, moments, strict=True):
+    for sharded, kept in zip(optimizer.layout.tensors, moments, strict=True):
         assert all(torch.equal(value, kept[key]) for key, value in optimizer.moments(sharded).items())
     assert [state["step"] for state in optimizer.state.values() if "step" in state] == steps

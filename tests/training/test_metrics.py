@@ -23,21 +23,21 @@ def test_a_start_that_was_taken_over_before_it_opened_the_record_leaves_it_alone
     """As one does that had long to load its checkpoint."""
     stale, latest = a_start(tmp_path), a_start(tmp_path)
     metrics = Metrics(tmp_path, latest, 1, 0.0)
-    metrics.write(1, {"train/loss": 7.0})
+    metrics.log(1, {"train/loss": 7.0})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="has been superseded by a later start"):
         Metrics(tmp_path, stale, 1, 0.0)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    metrics.write(2, {"train/loss": 6.0})
-    metrics.close()
+    metrics.log(2, {"train/loss": 6.0})
+    metrics.finish()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_last_values_are_those_that_were_remembered_when_they_came(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, a_start(tmp_path), 1, 0.0)
     for step, (loss, skipped) in enumerate([(7.0, 0.0), (999.0, 1.0), (float("nan"), 1.0), (6.0, 0.0), (5.0, 0.0)], 1):
-        metrics.write(step, {"train/loss": loss, "train/skipped": skipped})
-    metrics.close()
+        metrics.log(step, {"train/loss": loss, "train/skipped": skipped})
+    metrics.finish()
     assert metrics.last("train/loss", 2) == [6.0, 5.0] and metrics.last("train/loss", 9) == [7.0, 6.0, 5.0]
 
 
@@ -57,9 +57,9 @@ metrics = Metrics(run, store, 1, 0.0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for step in range(1, 1000):
     if {what!r} == "metrics":
-        metrics.write(step, {{"train/loss": 7.0}})
+        metrics.log(step, {{"train/loss": 7.0}})
     else:
-        metrics.write_text(step, "fill_mask", "x" * 1000)
+        metrics.log_text(step, "fill_mask", "x" * 1000)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -100,7 +100,7 @@ class Run:
         self.speed = Speed(engine.matmul_flops_per_second())
         self.store = run_dir.store
         self.checkpointer = Checkpointer(engine, self.store, self.config.checkpoint.keep)
-        self.stop_signals = StopSignals(run_dir.path, looks=self.is_main)
+        self.stop_signals = StopSignals(run_dir.path, watch_files=self.is_main)
         self.skipped_data = SkippedData.of(run_dir.path)
         self.losses: deque[float] = deque(maxlen=_REMEMBERED)
         self.norms: deque[float] = deque(maxlen=_REMEMBERED)
@@ -174,13 +174,13 @@ class Run:
             + self.evaluation_seconds
             + _MARGIN_SECONDS
         )
-        self.why_stop = self.stop_signals.to_stop(needed)
+        self.why_stop = self.stop_signals.stop_reason(needed)
         save = taken_over = False
         if self.is_main:
             taken_over = self.store.is_superseded()
             if settings.every_steps is None:
                 save = checkpointer.seconds_since() >= checkpointer.interval_seconds(settings.mtbf_hours, self.stop_signals.job_hours())
-            save |= self.stop_signals.to_save()
+            save |= self.stop_signals.save_requested()
         flags = torch.tensor([self.why_stop is not None, save, checkpointer.is_written(), taken_over], dtype=torch.float32)
         stops, saves, written, taken = self.engine.sum_over_ranks(flags).tolist()
         if taken:
@@ -249,7 +249,7 @@ class Run:
         if self.metrics is not None:
             self.metrics.flush()  # a checkpoint must not know of steps that the records have lost
         if self.is_main:
-            self.stop_signals.answer(stop=stops)
+            self.stop_signals.acknowledge(stop=stops)
         lineage = {**self.dir.lineage, "skipped_data": self.skipped_data.windows} if self.is_main else {}
         self.checkpointer.start(done, since=start, lineage=lineage)
         self._heartbeat()

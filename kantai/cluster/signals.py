@@ -28,7 +28,6 @@ class StopSignals:
         """Listen from now on.
 
         Args:
-            run_dir: the folder in which STOP and SAVE appear.
             watch_files: look for these files. One rank does so: a thousand would ask the file
                 system at every step.
         """

@@ -146,7 +146,6 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
     """Open and check the tokenizer and shards that a config names.
 
     Args:
-        config: the run's settings.
         hashes: verify the shards as the config says; otherwise compare only their sizes, as ranks
             do that leave the rest to another.
 

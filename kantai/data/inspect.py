@@ -24,7 +24,6 @@ def describe_shards(
     """Lines on the manifest and the splits.
 
     Args:
-        shards: the set to describe.
         vocabulary: writes frequent tokens as text; None: as ids.
         seq_lens: sequence lengths at which to count the tokens that the packing ``padded`` cuts.
     """
@@ -90,10 +89,6 @@ def describe_step(
     Masked tokens are written as ``[shown|true]``.
 
     Args:
-        data: the run's data.
-        batches: its batches.
-        step: counted from 0.
-        rank: the rank to look at.
         rows: most rows to describe.
         at: maps a step to the step of its data, which is a later one if the run skipped data.
     """
@@ -123,9 +118,6 @@ def hash_stream(
     The hash is the same for every number of ranks and every micro-batch size.
 
     Args:
-        batches: of a run.
-        first_step: counted from 0.
-        stop_step: the step after the last.
         at: see :func:`describe_step`.
     """
     digest = hashlib.sha256()
@@ -144,10 +136,7 @@ def hash_step(digest: Any, dealt: Iterable[Batch], global_batch_size: int, pad_i
     """Add a step's rows to a hash: ids without padding, masked positions and labels.
 
     Args:
-        digest: a hash object of hashlib.
         dealt: the micro-batches of all ranks in the order of their rows: by rank, then micro-step.
-        global_batch_size: rows to hash; later ones are empty.
-        pad_id: the id that fills rows.
     """
     rows = (row for batch in dealt for row in _rows(batch, pad_id))
     for _, (ids, labels) in zip(range(global_batch_size), rows, strict=False):

@@ -72,13 +72,8 @@ def stream(
     """Yield (step, this rank's micro-batches, seconds waited for them) from ``first_step`` on.
 
     Args:
-        batches: of the run.
-        rank: this process's rank.
-        first_step: counted from 0.
-        max_steps: the run's number of steps.
         workers: loader processes; 0: this process makes the batches.
         at: maps a step to the step of its data, which is a later one if the run skipped data.
-        pin_memory: put batches into page-locked memory.
     """
 
     def micro_steps(step: int) -> range:

@@ -171,7 +171,6 @@ def open_shards(
     Shards in a folder are mapped into memory; shards at a URL are fetched when they are read.
 
     Args:
-        location: a folder or a URL.
         hashes: compare every byte of a folder with the manifest's SHA-256, and not only the sizes.
             None: do so where it takes seconds. What is fetched is always compared.
         cache: makes the node's cache for a URL.
@@ -206,9 +205,9 @@ class ShardWriter:
         self.dtype = dtype
         self.shard_tokens = shard_tokens
         self.shards: list[dict[str, Any]] = []
-        self._empty()
+        self._reset()
 
-    def _empty(self) -> None:
+    def _reset(self) -> None:
         self._tokens: list[TokenIds] = []
         self._lengths: list[Int64s] = []
         self._collected = 0
@@ -235,7 +234,7 @@ class ShardWriter:
     def _write_shard(self) -> None:
         tokens = np.concatenate(self._tokens)
         lengths = np.concatenate(self._lengths)
-        self._empty()
+        self._reset()
         path = self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):03d}.arrow")
         self.shards.append(write_shard(path, tokens, lengths))
 

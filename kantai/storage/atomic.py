@@ -151,7 +151,6 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     """Compare a folder with its manifest and return the manifest.
 
     Args:
-        folder: a published folder.
         hashes: compare every byte; otherwise only names and sizes.
 
     Raises:

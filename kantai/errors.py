@@ -7,41 +7,56 @@ import sys
 import time
 from collections.abc import Callable
 
-_NO_SPACE = "no space left on {}: free some and run the same command again"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
+    """An error that the user can put right.
+
+    The message is one line: what is wrong, where, and what to do.
+    """
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's ``main``: bad input and I/O failures end it with one line on stderr and exit code 2."""
+    """Run a script's ``main``.
+
+    Bad input and I/O failures end the program with one line on stderr and exit code 2.
+    """
     try:
         main()
     except UserError as error:
         _fail(str(error))
-    except BrokenPipeError:  # `script | head`: whoever read our output has seen enough
+    except BrokenPipeError:  # `script | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(_NO_SPACE.format(error.filename or "the device"))
-        if error.filename is None:
-            raise
-        _fail(f"{error.strerror}: {error.filename}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        # tokenizers and safetensors write in Rust, and say only in the text of their own exceptions what the system said.
-        if any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            _fail(_NO_SPACE.format("the device"))
+        path = getattr(error, "filename", None)
+        if _is_full_disk(error):
+            _fail(
+                f"no space left on {path or 'the device'}: free some and run the same command again"
+            )
+        if isinstance(error, OSError) and path is not None:
+            _fail(f"{error.strerror}: {path}")
         raise
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether a disk or a quota is full.
+
+    Libraries written in Rust (tokenizers, safetensors) raise exceptions of their own types. The
+    system's error number is only in their text.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _FULL_DISK
+    return any(f"(os error {number})" in str(error) for number in _FULL_DISK)
 
 
 def _fail(message: str) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
-        # Bad input fails on every rank alike. Rank 0 speaks first, and the launcher then ends the others
-        # before they repeat it; a failure that only this rank sees is still printed.
+        # Bad input fails on every rank alike. Rank 0 speaks first, and the launcher then ends the
+        # others before they repeat it. A failure that only this rank sees is still printed.
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(3)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Where a process runs, and until when: rank, node, time limit, signals."""
+"""The cluster: rank, node, time limit, signals."""

@@ -1,4 +1,4 @@
-"""Batch arithmetic: which rows of a step are computed on which rank, in which micro-step."""
+"""Batch arithmetic: which rank computes which rows of a step, and in which micro-step."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The sizes of steps from one on."""
+    """The batch sizes from one step on."""
 
     first_step: int
     seq_len: int
@@ -16,10 +16,11 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """The batch arithmetic: which of a step's rows are computed where. The only place that knows it.
+    """The division of a step's rows among ranks and micro-steps. No other place computes it.
 
-    A step's ``global_batch_size`` rows are dealt over ``world_size`` ranks in ``gradient_accumulation_steps`` micro-steps
-    of ``micro_batch_size`` rows; where that does not come out even, the last rows are empty and weigh nothing.
+    Each of ``world_size`` ranks computes ``gradient_accumulation_steps`` micro-steps of
+    ``micro_batch_size`` rows. Where the division of ``global_batch_size`` rows leaves a remainder,
+    the last rows are empty and weigh nothing.
     """
 
     global_batch_size: int
@@ -28,28 +29,26 @@ class BatchPlan:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-steps a step."""
+        """Micro-steps in a step."""
         return math.ceil(self._rows_per_rank / self.max_micro_batch_size)
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows a rank and micro-step: the largest allowed, made smaller where that leaves fewer rows empty."""
+        """Rows of a rank in a micro-step: at most the maximum, fewer if that saves empty rows."""
         return math.ceil(self._rows_per_rank / self.gradient_accumulation_steps)
 
     @property
     def empty_rows(self) -> int:
-        """Rows a step that are computed and weigh nothing."""
-        return (
-            self.world_size * self.gradient_accumulation_steps * self.micro_batch_size
-            - self.global_batch_size
-        )
+        """Rows of a step that are computed and weigh nothing."""
+        rows_per_rank = self.gradient_accumulation_steps * self.micro_batch_size
+        return self.world_size * rows_per_rank - self.global_batch_size
 
     @property
     def _rows_per_rank(self) -> int:
         return math.ceil(self.global_batch_size / self.world_size)
 
     def rows(self, rank: int, micro_step: int) -> range:
-        """The rows of a step that a rank computes in a micro-step; those from ``global_batch_size`` on are empty."""
+        """The rows that a rank computes in a micro-step; from ``global_batch_size`` on, empty."""
         start = (rank * self.gradient_accumulation_steps + micro_step) * self.micro_batch_size
         return range(start, start + self.micro_batch_size)
 

@@ -1,1 +1,1 @@
-"""What the model is shown at step t: shards, shuffle, packing, masking, batches."""
+"""The data of each step: shards, shuffle, packing, masking, batches, loader."""

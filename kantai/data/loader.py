@@ -1,4 +1,4 @@
-"""How do batches come to a rank while it computes? Made ahead by a data loader's workers."""
+"""The data loader: workers collate a rank's micro-batches ahead of the computation."""
 
 import itertools
 import signal
@@ -16,13 +16,15 @@ from kantai.data.batches import Batch, Batches
 from kantai.data.dataset import Data
 from kantai.errors import UserError
 
+_PREFETCHED = 4  # micro-batches that a worker makes ahead
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """A batch on its way from a loader to a device.
 
-    A loader's worker sends arrays: tensors would go through shared memory, one file descriptor each, which is slower for so little and
-    runs out where containers have little of it.
+    A worker sends arrays. Tensors would go through shared memory with one file descriptor each,
+    which is slower for so little data, and fails in containers that have little shared memory.
     """
 
     batch: Batch
@@ -31,20 +33,30 @@ class MicroBatch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of :meth:`MaskedRoberta.forward`."""
-        names = ("input_ids", "attention_mask", "masked_positions", "labels", "document_starts")
-        arrays = {name: getattr(self.batch, name) for name in names}
-        return self.pinned or {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+        if self.pinned:
+            return self.pinned
+        arrays = {
+            "input_ids": self.batch.input_ids,
+            "attention_mask": self.batch.attention_mask,
+            "masked_positions": self.batch.masked_positions,
+            "labels": self.batch.labels,
+            "document_starts": self.batch.document_starts,
+        }
+        return {
+            name: torch.from_numpy(array) for name, array in arrays.items() if array is not None
+        }
 
     def pin_memory(self) -> "MicroBatch":
-        """The same in page-locked memory, from which it is copied while the device computes; called by the loader."""
-        return MicroBatch(self.batch, {name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+        """The micro-batch in page-locked memory; the loader calls this.
+
+        Page-locked memory is copied to the device while the device computes.
+        """
+        pinned = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return MicroBatch(self.batch, pinned)
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """The arguments on a device."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-
-
-_PREFETCHED = 4  # micro-batches that a worker makes ahead
 
 
 def stream(
@@ -57,77 +69,93 @@ def stream(
     at: Callable[[int], int] = lambda step: step,
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, list[MicroBatch], float]]:
-    """Yield (step, this rank's micro-batches, seconds waited for them) from ``first_step`` on, made by any number of workers.
+    """Yield (step, this rank's micro-batches, seconds waited for them) from ``first_step`` on.
 
     Args:
-        at: which step's data a step is shown; another one's after a run has skipped some.
+        workers: loader processes; 0: this process makes the batches.
+        at: maps a step to the step of its data, which is a later one if the run skipped data.
     """
 
     def micro_steps(step: int) -> range:
         return range(batches.stage_at(at(step)).plan.gradient_accumulation_steps)
 
-    sampler = ((at(step), micro_step) for step in range(first_step, max_steps) for micro_step in micro_steps(step))
+    sampler = (
+        (at(step), micro_step)
+        for step in range(first_step, max_steps)
+        for micro_step in micro_steps(step)
+    )
     loader = DataLoader(
         _MicroBatches(batches, rank),
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        # Forked workers share the mapped shards; any other start would pickle them, whole.
+        # Forked workers share the mapped shards. Any other start would pickle whole shards.
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=_PREFETCHED if workers else None,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_ignore_stop_signals,
         pin_memory=pin_memory,
     )
     micro_batches = iter(loader)
     for step in range(first_step, max_steps):
         start = time.perf_counter()
-        found = []
+        of_step = []
         for _ in micro_steps(step):
-            made = next(micro_batches)
-            if isinstance(made, UserError):
-                raise made
-            found.append(made)
-        yield step, found, time.perf_counter() - start
+            micro_batch = next(micro_batches)
+            if isinstance(micro_batch, UserError):
+                raise micro_batch
+            of_step.append(micro_batch)
+        yield step, of_step, time.perf_counter() - start
 
 
 class _MicroBatches(Dataset[MicroBatch | UserError]):
-    """A rank's micro-batches by step and micro-step, so that a data loader's workers can make any of them.
+    """A rank's micro-batches by step and micro-step, in any order and from any worker.
 
-    What a user can put right is returned and not raised: a worker would make its traceback part of the message.
+    A user's error is returned, not raised: a worker would add its traceback to the message.
     """
 
     def __init__(self, batches: Batches, rank: int) -> None:
-        self.batches, self.rank = batches, rank
+        self.batches = batches
+        self.rank = rank
 
     def __getitem__(self, place: tuple[int, int]) -> MicroBatch | UserError:
+        step, micro_step = place
         try:
-            return MicroBatch(self.batches.micro_batch(*place, self.rank))
+            return MicroBatch(self.batches.micro_batch(step, micro_step, self.rank))
         except UserError as error:
             return error
 
 
-def _leave_signals_to_the_rank(_worker: int) -> None:
-    """Launchers and SLURM signal every process. A worker that ended by it would take its rank along, before that has saved."""
+def _ignore_stop_signals(_worker: int) -> None:
+    """Ignore the signals that launchers and SLURM send to every process.
+
+    A worker that ended by one would take its rank along before the rank has saved.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Prefetcher:
-    """Has the shards that a rank will read from fetched to this node before it does, where they come from a URL."""
+    """Fetches shards at a URL to this node before a rank reads them."""
 
-    def __init__(self, data: Data, batches: Batches, rank: int, first_step: int, *, steps_ahead: int = 256) -> None:
-        self.shards, self.batches, self.rank, self.stop_step = data.shards, batches, rank, data.max_steps
-        self.steps_ahead, self.looked_at = steps_ahead, first_step
-        self.wanted: deque[list[int]] = deque(maxlen=steps_ahead)  # by step
+    def __init__(
+        self, data: Data, batches: Batches, rank: int, first_step: int, *, steps_ahead: int = 256
+    ) -> None:
+        self.shards = data.shards
+        self.batches = batches
+        self.rank = rank
+        self.stop_step = data.max_steps
+        self.steps_ahead = steps_ahead
+        self.next_step = first_step
+        self.wanted: deque[list[int]] = deque(maxlen=steps_ahead)  # shards of each step
 
     def advance(self, step: int) -> None:
-        """Look as far ahead of a step as is allowed, and ask for what has not been asked for."""
+        """Request the shards of the steps ahead of ``step`` that were not yet requested."""
         if self.shards.cache is None:
             return
-        before = set(itertools.chain(*self.wanted))
-        while self.looked_at < min(step + self.steps_ahead, self.stop_step):
-            self.wanted.append(self.batches.shards(self.looked_at, self.rank))
-            self.looked_at += 1
+        requested = set(itertools.chain(*self.wanted))
+        while self.next_step < min(step + self.steps_ahead, self.stop_step):
+            self.wanted.append(self.batches.shards(self.next_step, self.rank))
+            self.next_step += 1
         wanted = list(dict.fromkeys(itertools.chain(*self.wanted)))
-        if not before.issuperset(wanted):
+        if not requested.issuperset(wanted):
             self.shards.prefetch("train", wanted)

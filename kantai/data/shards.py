@@ -1,7 +1,8 @@
-"""Where are the tokens? Shards: Hugging Face Arrow files, a document a row, mapped into memory without a copy.
+"""Token shards: Hugging Face Arrow files, a document a row, mapped into memory without a copy.
 
-A shard is one Arrow record batch with the one column ``input_ids``: its values buffer is the token stream, in which every document
-ends with ``</s>``, and its offsets are the document boundaries. ``datasets.load_dataset("arrow", data_files=...)`` reads it too.
+A shard is one Arrow record batch with the single column ``input_ids``. Its values buffer is the
+token stream, in which every document ends with ``</s>``. Its offsets are the document boundaries.
+``datasets.load_dataset("arrow", data_files=...)`` reads it too.
 """
 
 import mmap
@@ -12,16 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from kantai.data.rng import Int32s, Int64s, TokenIds
 from kantai.errors import UserError
-from kantai.storage.atomic import MANIFEST, Damaged, manifest_entry, parse_manifest, replaced, verify
+from kantai.storage.atomic import (
+    MANIFEST,
+    Damaged,
+    manifest_entry,
+    parse_manifest,
+    replaced,
+    verify,
+)
 from kantai.storage.remote_cache import Cache, RemoteFile
 
-Int64s = npt.NDArray[np.int64]
 SPLITS = ("train", "held_out")
 SHARD_TOKENS = 1 << 25
 TOKEN_COUNTS = "token_counts.npy"
@@ -63,10 +70,10 @@ _MANIFEST = TypeAdapter(_Manifest)
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of a shard (uint16 or uint32) and its ``documents + 1`` boundaries (int32), both memory-mapped."""
+    """A shard, memory-mapped."""
 
-    tokens: npt.NDArray[Any]
-    boundaries: npt.NDArray[np.int32]
+    tokens: TokenIds
+    boundaries: Int32s  # starts of the documents and the end of the last, [documents + 1]
 
     @property
     def lengths(self) -> Int64s:
@@ -75,7 +82,10 @@ class Shard:
 
 
 class Split:
-    """The shards of a split in order: how much is in each, known from the manifest, and what, opened when it is asked for."""
+    """The shards of a split in order.
+
+    The manifest gives the size of each; a shard is opened when it is first read.
+    """
 
     def __init__(self, entries: list[dict[str, Any]], open_file: Callable[[str], Shard]) -> None:
         self.files: list[str] = [entry["file"] for entry in entries]
@@ -92,17 +102,24 @@ class Split:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, number: int) -> Shard:
-        """One shard. Those not used for longest are let go of: there may be more than a process may map, or a cache may hold.
+        """One shard.
+
+        More than ``open_at_once`` shards are never kept open: a process may not map that many, or
+        the cache not hold them. The least recently used is closed first.
 
         Raises:
-            UserError: it is not what the manifest says, or cannot be fetched.
+            UserError: the shard differs from the manifest, or cannot be fetched.
         """
         if number in self._opened:
             self._opened.move_to_end(number)
         else:
             shard = self._open_file(self.files[number])
-            if len(shard.tokens) != self.tokens[number] or len(shard.boundaries) != self.documents[number] + 1:
-                raise UserError(f"damaged shards: {self.files[number]} is not as its manifest says; {_WRITE_AGAIN}")
+            sizes = (len(shard.tokens), len(shard.boundaries) - 1)
+            if sizes != (self.tokens[number], self.documents[number]):
+                name = self.files[number]
+                raise UserError(
+                    f"damaged shards: {name} is not as its manifest says; {_WRITE_AGAIN}"
+                )
             self._opened[number] = shard
             while len(self._opened) > self.open_at_once:
                 self._opened.popitem(last=False)
@@ -111,103 +128,135 @@ class Split:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened folder of shards: the manifest, the splits, and the cache through which they come if they are elsewhere."""
+    """An opened set of shards."""
 
     manifest: dict[str, Any]
     splits: dict[str, Split]
     open_file: Callable[[str], BinaryIO]
-    cache: Cache | None
+    cache: Cache | None  # of shards at a URL
 
     def token_counts(self) -> Int64s:
-        """How often each entry of the vocabulary occurs, [splits, vocabulary].
+        """Occurrences of each entry of the vocabulary, [splits, vocabulary].
 
         Raises:
-            UserError: the file that says so does not.
+            UserError: the file of counts is damaged.
         """
         try:
             with self.open_file(TOKEN_COUNTS) as file:
                 counts: Int64s = np.load(file, allow_pickle=False)
-            if counts.shape != (len(SPLITS), self.manifest["vocab_size"]) or counts.dtype != np.int64:
+            shape = (len(SPLITS), self.manifest["vocab_size"])
+            if counts.shape != shape or counts.dtype != np.int64:
                 raise ValueError(f"shape {counts.shape} of {counts.dtype}")
         except (ValueError, EOFError, KeyError, SyntaxError) as error:
-            raise UserError(f"damaged shards: {TOKEN_COUNTS} is no table of counts: {error}; {_WRITE_AGAIN}") from None
+            raise UserError(
+                f"damaged shards: {TOKEN_COUNTS} is no table of counts: {error}; {_WRITE_AGAIN}"
+            ) from None
         return counts
 
     def prefetch(self, split: str, numbers: list[int]) -> None:
-        """Have some shards fetched in the background, in this order, where they are not on this node."""
+        """Fetch shards to this node in the background, in this order, if they are at a URL."""
         if self.cache is not None:
-            self.cache.prefetch([_remote_file(self.manifest, self.splits[split].files[number]) for number in numbers])
+            names = (self.splits[split].files[number] for number in numbers)
+            self.cache.prefetch([_remote_file(self.manifest, name) for name in names])
 
 
-def open_shards(location: str | Path, *, hashes: bool | None = None, cache: Callable[[str], Cache] | None = None) -> ShardSet:
-    """Open a set of shards: a folder, mapped into memory, or a URL, fetched shard by shard when they are needed.
+def open_shards(
+    location: str | Path,
+    *,
+    hashes: bool | None = None,
+    cache: Callable[[str], Cache] | None = None,
+) -> ShardSet:
+    """Open a set of shards.
+
+    Shards in a folder are mapped into memory; shards at a URL are fetched when they are read.
 
     Args:
-        hashes: compare every byte of a folder with the manifest's SHA-256, not only the sizes. None: where that is done in seconds.
-            What is fetched is always compared.
+        hashes: compare every byte of a folder with the manifest's SHA-256, and not only the sizes.
+            None: do so where it takes seconds. What is fetched is always compared.
         cache: makes the node's cache for a URL.
 
     Raises:
-        UserError: not a set of shards, or one that is not as it was written.
+        UserError: the location holds no shards, or damaged ones.
     """
     try:
         if "://" not in str(location):
             return _open_folder(Path(location), hashes)
         if cache is None:
-            raise UserError(f"{location} is not on this machine: train from it, or copy it to a folder first")
+            raise UserError(
+                f"{location} is not on this machine: train from it, or copy it to a folder first"
+            )
         return _open_remote(cache(str(location)), str(location))
     except Damaged as damage:
         raise UserError(f"damaged shards: {damage}; {_WRITE_AGAIN}") from None
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{location} is not a folder of shards: write one with scripts/tokenize_corpus.py") from None
+        raise UserError(
+            f"{location} is not a folder of shards: write one with scripts/tokenize_corpus.py"
+        ) from None
 
 
 class ShardWriter:
-    """Collects documents and writes a shard whenever enough tokens came together."""
+    """Collects documents, and writes a shard whenever there are enough tokens for one."""
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self, prefix: Path, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS
+    ) -> None:
         """Write ``PREFIX-000.arrow``, ``PREFIX-001.arrow`` and so on."""
-        self.prefix, self.shard_tokens, self.dtype = prefix, shard_tokens, dtype
+        self.prefix = prefix
+        self.dtype = dtype
+        self.shard_tokens = shard_tokens
         self.shards: list[dict[str, Any]] = []
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
-        self._tokens: list[npt.NDArray[Any]] = []
+    def _reset(self) -> None:
+        self._tokens: list[TokenIds] = []
         self._lengths: list[Int64s] = []
         self._collected = 0
 
-    def add(self, tokens: npt.NDArray[Any], lengths: Int64s) -> None:
-        """Append documents: their tokens one after another, each ended by ``</s>``, and how many each has."""
+    def append(self, tokens: TokenIds, lengths: Int64s) -> None:
+        """Append documents.
+
+        Args:
+            tokens: of all documents one after another; each document ends with ``</s>``.
+            lengths: tokens of each document.
+        """
         if self._collected and self._collected + len(tokens) > self.shard_tokens:
-            self._write()
+            self._write_shard()
         self._tokens.append(tokens.astype(self.dtype))
         self._lengths.append(lengths)
         self._collected += len(tokens)
 
-    def close(self) -> list[dict[str, Any]]:
-        """Write what is left; return the entries of all shards: file, documents, tokens, bytes, sha256."""
+    def finish(self) -> list[dict[str, Any]]:
+        """Write the last shard and return the entries of all; see :func:`write_shard`."""
         if self._collected:
-            self._write()
+            self._write_shard()
         return self.shards
 
-    def _write(self) -> None:
-        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
-        self._start()
-        self.shards.append(write_shard(self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):03d}.arrow"), tokens, lengths))
+    def _write_shard(self) -> None:
+        tokens = np.concatenate(self._tokens)
+        lengths = np.concatenate(self._lengths)
+        self._reset()
+        path = self.prefix.with_name(f"{self.prefix.name}-{len(self.shards):03d}.arrow")
+        self.shards.append(write_shard(path, tokens, lengths))
 
 
-def write_shard(path: Path, tokens: npt.NDArray[Any], lengths: Int64s) -> dict[str, Any]:
-    """Write one shard, whole or not at all, and return its entry: file, documents, tokens, bytes, sha256."""
+def write_shard(path: Path, tokens: TokenIds, lengths: Int64s) -> dict[str, Any]:
+    """Write one shard atomically; return its entry: file, documents, tokens, bytes, sha256."""
     boundaries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).astype(np.int32)
-    batch = pa.record_batch([pa.ListArray.from_arrays(pa.array(boundaries), pa.array(tokens))], names=["input_ids"])
+    documents = pa.ListArray.from_arrays(pa.array(boundaries), pa.array(tokens))
+    batch = pa.record_batch([documents], names=["input_ids"])
     with replaced(path) as partial:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
-        return {"file": path.name, "documents": len(lengths), "tokens": len(tokens), **manifest_entry(partial)}
+        return {
+            "file": path.name,
+            "documents": len(lengths),
+            "tokens": len(tokens),
+            **manifest_entry(partial),
+        }
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """What holds the ids of a vocabulary: two bytes up to 65,536 entries, else four."""
+    """The type of a vocabulary's ids: two bytes up to 65,536 entries, else four."""
     return np.dtype(np.uint16 if vocab_size <= _MAX_UINT16_IDS else np.uint32)
 
 
@@ -215,16 +264,17 @@ def map_shard(file: BinaryIO) -> Shard:
     """Map one shard into memory.
 
     Raises:
-        UserError: it is no shard.
+        UserError: the file is no shard.
     """
     try:
         content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         column = pa.ipc.open_stream(content).read_all().column("input_ids").chunk(0)
-        column.validate()  # that the buffers are as large as they are said to be
-        shard = Shard(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
-        if (shard.boundaries[0], shard.boundaries[-1]) != (0, len(shard.tokens)) or (np.diff(shard.boundaries) < 0).any():
+        column.validate()  # compares the buffers with their announced sizes
+        tokens = column.values.to_numpy(zero_copy_only=True)
+        boundaries = column.offsets.to_numpy(zero_copy_only=True)
+        if (boundaries[0], boundaries[-1]) != (0, len(tokens)) or (np.diff(boundaries) < 0).any():
             raise ValueError("its documents do not follow each other")
-        return shard
+        return Shard(tokens, boundaries)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"damaged shards: {file.name} is none: {error}; {_WRITE_AGAIN}") from None
 
@@ -233,7 +283,10 @@ def _open_folder(folder: Path, hashes: bool | None) -> ShardSet:
     if not folder.is_dir():
         raise UserError(f"no shards at {folder}: write them with scripts/tokenize_corpus.py")
     manifest = verify(folder, hashes=False)
-    if hashes or (hashes is None and sum(entry["bytes"] for entry in manifest["files"].values()) < _QUICKLY_HASHED_BYTES):
+    if hashes is None:
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        hashes = size < _QUICKLY_HASHED_BYTES
+    if hashes:
         verify(folder)
     return _shard_set(manifest, lambda name: (folder / name).open("rb"), None)
 
@@ -243,7 +296,9 @@ def _open_remote(cache: Cache, url: str) -> ShardSet:
     return _shard_set(manifest, lambda name: cache.open(_remote_file(manifest, name)), cache)
 
 
-def _shard_set(manifest: dict[str, Any], open_file: Callable[[str], BinaryIO], cache: Cache | None) -> ShardSet:
+def _shard_set(
+    manifest: dict[str, Any], open_file: Callable[[str], BinaryIO], cache: Cache | None
+) -> ShardSet:
     _MANIFEST.validate_python(manifest)
     dtype = np.dtype(manifest["dtype"])
 
@@ -251,7 +306,8 @@ def _shard_set(manifest: dict[str, Any], open_file: Callable[[str], BinaryIO], c
         with open_file(name) as file:
             shard = map_shard(file)
         if shard.tokens.dtype != dtype:
-            raise UserError(f"damaged shards: {name} holds {shard.tokens.dtype}, not {dtype}; {_WRITE_AGAIN}")
+            held = shard.tokens.dtype
+            raise UserError(f"damaged shards: {name} holds {held}, not {dtype}; {_WRITE_AGAIN}")
         return shard
 
     splits = {name: Split(manifest["splits"][name]["shards"], open_shard) for name in SPLITS}

@@ -1,31 +1,43 @@
-"""Which sample comes when? A stateless shuffle: the n-th sample of a run is computed, not looked up.
+"""Sample order: a stateless shuffle. The n-th sample of a run is computed, not looked up.
 
-A Feistel network permutes [0, 2^k) and cycle walking restricts it to [0, samples) (Black, Rogaway: Ciphers with Arbitrary Finite
-Domains, 2002). It needs no memory and no history, so that resuming at step 10^6 costs what starting costs.
+A Feistel network permutes [0, 2^k), and cycle walking restricts it to [0, samples) (Black, Rogaway:
+Ciphers with Arbitrary Finite Domains, 2002). It needs no memory and no history: resuming at step
+10^6 costs what starting costs.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from kantai.data import rng
+from kantai.data.rng import Int64s, UInt64s
 
-Int64s = npt.NDArray[np.int64]
 NO_SAMPLE = -1
 _ROUNDS = 8
 _SHARDS, _SAMPLES = 0, 1  # what a key permutes
 
 
-class Shuffled:
-    """Every sample once an epoch, in an order that is new each epoch and a pure function of (seed, epoch).
+class Order(Protocol):
+    """An order of samples."""
 
-    Shards are shuffled, and then samples within windows of ``window`` shards that follow each other, so that the shards of a window
-    are all that must be at hand at a time. What is kept of an epoch grows with its shards, not with its samples.
+    def at(self, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """Epoch and sample id at every position; ``NO_SAMPLE`` beyond the last."""
+        ...
+
+
+class Shuffled:
+    """Every sample once an epoch, in an order that is a pure function of (seed, epoch).
+
+    Shards are shuffled first, and then samples within windows of ``window`` consecutive shards: a
+    node needs only the shards of one window at a time. Memory grows with the number of shards, not
+    of samples.
     """
 
     def __init__(self, samples_per_shard: Int64s, window: int, seed: int) -> None:
-        self.samples_per_shard, self.window, self.seed = samples_per_shard, window, seed
+        self.samples_per_shard = samples_per_shard
+        self.window = window
+        self.seed = seed
         self.first_sample = _starts(samples_per_shard)
         self.samples = int(self.first_sample[-1])
         self._epochs: dict[int, _Epoch] = {}
@@ -36,31 +48,34 @@ class Shuffled:
         samples = np.empty_like(places)
         for of_epoch in _groups(epochs):
             number = int(epochs[of_epoch[0]])
-            epoch = self._epoch(number)
-            windows = np.searchsorted(epoch.first_place, places[of_epoch], side="right") - 1
-            for of_window in _groups(windows):
-                here, window = of_epoch[of_window], int(windows[of_window[0]])
-                shards = self._shards(epoch, window)
-                starts = _starts(self.samples_per_shard[shards])
-                key = rng.fold(self.seed, _SAMPLES, number, window)
-                moved = permute(places[here] - epoch.first_place[window], int(starts[-1]), key)
-                shard = np.searchsorted(starts, moved, side="right") - 1
-                samples[here] = self.first_sample[shards[shard]] + moved - starts[shard]
+            first_places = self._epoch(number).first_place
+            windows = np.searchsorted(first_places, places[of_epoch], side="right") - 1
+            for group in _groups(windows):
+                of_window = of_epoch[group]
+                window = int(windows[group[0]])
+                samples[of_window] = self._in_window(number, window, places[of_window])
         return epochs, samples
 
     def next_window(self, position: int) -> tuple[int, int]:
         """Epoch and number of the first window that begins at a position or after it."""
         number, place = divmod(position, self.samples)
-        epoch = self._epoch(number)
-        window = int(np.searchsorted(epoch.first_place, place, side="left"))
-        return (number, window) if window < len(epoch.first_place) - 1 else (number + 1, 0)
+        first_places = self._epoch(number).first_place
+        window = int(np.searchsorted(first_places, place, side="left"))
+        return (number, window) if window < len(first_places) - 1 else (number + 1, 0)
 
     def position_of(self, epoch: int, window: int) -> int:
         """The position at which a window begins."""
         return epoch * self.samples + int(self._epoch(epoch).first_place[window])
 
-    def _shards(self, epoch: "_Epoch", window: int) -> Int64s:
-        return epoch.shards[window * self.window : (window + 1) * self.window]
+    def _in_window(self, number: int, window: int, places: Int64s) -> Int64s:
+        """Sample ids at places of an epoch that lie in one of its windows."""
+        epoch = self._epoch(number)
+        shards = epoch.shards[window * self.window : (window + 1) * self.window]
+        starts = _starts(self.samples_per_shard[shards])
+        key = rng.fold(self.seed, _SAMPLES, number, window)
+        moved = permute(places - epoch.first_place[window], int(starts[-1]), key)
+        shard = np.searchsorted(starts, moved, side="right") - 1
+        return self.first_sample[shards[shard]] + moved - starts[shard]
 
     def _epoch(self, number: int) -> "_Epoch":
         if number not in self._epochs:
@@ -68,53 +83,59 @@ class Shuffled:
             shards = permute(np.arange(count), count, rng.fold(self.seed, _SHARDS, number))
             starts = _starts(self.samples_per_shard[shards])
             windows = np.append(np.arange(0, count, self.window), count)
-            self._epochs = {**{k: v for k, v in self._epochs.items() if k == number - 1}, number: _Epoch(shards, starts[windows])}
+            previous = {key: kept for key, kept in self._epochs.items() if key == number - 1}
+            self._epochs = {**previous, number: _Epoch(shards, starts[windows])}
         return self._epochs[number]
 
 
 @dataclass(frozen=True)
 class _Epoch:
     shards: Int64s  # in their order
-    first_place: Int64s  # of each window, and behind the last
+    first_place: Int64s  # of each window; one more entry holds the number of samples
 
 
 @dataclass(frozen=True)
 class Sequential:
-    """Every sample once, in the order of the shards: what evaluation uses."""
+    """Every sample once, in the order of the shards: the order of evaluation."""
 
     samples: int
 
     def at(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         """Epoch 0 and the position itself as sample id, up to the last sample."""
-        return np.zeros_like(positions), np.where(positions < self.samples, positions, NO_SAMPLE)
+        samples = np.where(positions < self.samples, positions, NO_SAMPLE)
+        return np.zeros_like(positions), samples
 
 
-def permute(places: Int64s, size: int, key: rng.UInt64s) -> Int64s:
-    """Where each of ``places`` goes under the permutation of [0, size) that a key names."""
+def permute(places: Int64s, size: int, key: UInt64s) -> Int64s:
+    """Places under the permutation of [0, size) that a key names."""
     bits = max(2, (size - 1).bit_length())
-    left_bits, right_bits = bits // 2, bits - bits // 2
+    left_bits = bits // 2
+    right_bits = bits - left_bits
     shift = np.uint64(right_bits)
-    masks = [np.uint64((1 << half) - 1) for half in (left_bits, right_bits)]  # the halves change sides in every round
+    # The halves change sides in every round.
+    masks = [np.uint64((1 << half) - 1) for half in (left_bits, right_bits)]
     rounds = [(rng.bits(key, np.array([number])), masks[number % 2]) for number in range(_ROUNDS)]
 
-    def encipher(value: rng.UInt64s) -> rng.UInt64s:
-        left, right = value >> shift, value & masks[1]
+    def encipher(value: UInt64s) -> UInt64s:
+        left = value >> shift
+        right = value & masks[1]
         for round_key, mask in rounds:
             left, right = right, left ^ (rng.bits(round_key, right) & mask)
         return (left << shift) | right
 
     result = encipher(places.astype(np.uint64))
-    while (outside := result >= size).any():  # walk on
+    while (outside := result >= size).any():  # cycle walking
         result[outside] = encipher(result[outside])
     return result.astype(np.int64)
 
 
 def _starts(counts: Int64s) -> Int64s:
-    """Where each of several runs of items begins when they are laid end to end, and where the last one ends."""
+    """Start of each of several runs laid end to end, and the end of the last."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def _groups(values: Int64s) -> list[Int64s]:
-    """Where equal values stand, one group for each."""
+    """Indices of equal values, one group for each value."""
     by_value = np.argsort(values, kind="stable")
-    return [group for group in np.split(by_value, np.flatnonzero(np.diff(values[by_value])) + 1) if len(group)]
+    edges = np.flatnonzero(np.diff(values[by_value])) + 1
+    return [group for group in np.split(by_value, edges) if len(group)]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kantai.data.shards import SPLITS, Int64s
+from kantai.data.rng import Int64s
+from kantai.data.shards import SPLITS
 from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.preprocessing.documents import Unit
 from kantai.preprocessing.files import Piece
 from kantai.storage.atomic import digest
 
-UInt64s = npt.NDArray[np.uint64]
 TRAIN, HELD_OUT = SPLITS
 _FORMAT = 1  # of the pieces; those of another one are made again
 _COUNTED_AT_ONCE = 1 << 20

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kantai.data.shards import SPLITS, TOKEN_COUNTS, Int64s, ShardWriter, map_shard, token_dtype, write_shard
+from kantai.data.rng import Int64s
+from kantai.data.shards import SPLITS, TOKEN_COUNTS, ShardWriter, map_shard, token_dtype, write_shard
 from kantai.errors import UserError
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, read_arrays
 from kantai.preprocessing.lines import Report
@@ -48,13 +49,13 @@ def merge(job: Job) -> dict[str, Any]:
                 tokens, lengths, dropped = _without(job.shard(shard["file"]), duplicates)
                 counts[row] -= count_tokens(dropped, vocab_size)
                 if split == HELD_OUT:
-                    held_out.add(tokens, lengths)  # a piece has few of them: together they fill shards
+                    held_out.append(tokens, lengths)  # a piece has few of them: together they fill shards
                 elif len(lengths):
                     train.append(write_shard(folder / shard["file"], tokens, lengths))
     report = Report()
     for found in done:
         report.add(Report(**found["report"]))
-    splits = {TRAIN: train, HELD_OUT: held_out.close()}
+    splits = {TRAIN: train, HELD_OUT: held_out.finish()}
     meta: dict[str, Any] = {
         "kind": "shards",
         "tokenizer": job.vocabulary.fingerprint,

@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from kantai.data.shards import SPLITS, Int64s, ShardWriter, token_dtype
+from kantai.data.rng import Int64s, UInt64s
+from kantai.data.shards import SPLITS, ShardWriter, token_dtype
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents
-from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, UInt64s, count_tokens
+from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens
 from kantai.preprocessing.lines import Report
 from kantai.storage.atomic import Damaged, read_manifest, replaced
 
@@ -88,12 +89,12 @@ class _Worker:
             for row, split, these, of_these in ((0, TRAIN, ~held_out, ~of_token), (1, HELD_OUT, held_out, of_token)):
                 if these.any():
                     of_split = tokens[of_these]
-                    writers[split].add(of_split, lengths[these])
+                    writers[split].append(of_split, lengths[these])
                     counts[row] += count_tokens(of_split, self.vocabulary.size)
                     if job.unique:
                         fingerprints[split].append(digests[these])
             self.progress(size)
-        shards = {split: writers[split].close() for split in SPLITS}
+        shards = {split: writers[split].finish() for split in SPLITS}
         found_in = {split: np.concatenate(fingerprints[split]) for split in SPLITS}
         with replaced(job.work / f"{number:06d}.npz") as path, path.open("wb") as file:
             np.savez_compressed(file, counts=counts, train=found_in[TRAIN], held_out=found_in[HELD_OUT])

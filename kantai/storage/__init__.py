@@ -1,1 +1,1 @@
-"""Files and folders that are published whole, and fetched once a node."""
+"""Atomic files and folders, and a cache of remote files."""

@@ -1,8 +1,8 @@
-"""Which states are complete? Folders that exist whole and verified, or not at all.
+"""Atomic files and folders: each exists whole and verified, or not at all.
 
-Everything kantai writes (tokenizers, shards, checkpoints, exports) is staged beside its place, fsynced, listed with sizes and
-SHA-256 in ``manifest.json``, and renamed into place. A process killed at any instruction leaves the old state and a hidden
-``.NAME.partial``, which the next attempt removes.
+Tokenizers, shards, checkpoints and exports are staged in a folder beside their place, fsynced,
+listed with sizes and SHA-256 in ``manifest.json``, and renamed into place. A process killed at any
+instruction leaves the old state and a hidden ``.NAME.partial``, which the next attempt removes.
 """
 
 import contextlib
@@ -19,12 +19,10 @@ from typing import Any
 from kantai.errors import UserError
 
 MANIFEST = "manifest.json"
-_UMASK = os.umask(0o077)  # which can be read by setting it only
-os.umask(_UMASK)
 
 
 class Damaged(Exception):
-    """A folder that is not what its manifest says; the message names the file and the difference."""
+    """A folder differs from its manifest; the message names the file and the difference."""
 
 
 def sha256(path: Path) -> str:
@@ -34,25 +32,30 @@ def sha256(path: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of anything JSON can write, independent of the order of keys."""
+    """SHA-256 of a value that JSON can write, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """Flush a file to the device and return its manifest entry, read back from what was written."""
-    path.chmod(0o666 & ~_UMASK)  # safetensors makes files that the rest of a group cannot read
+    """Fsync a file and return its manifest entry, read back from the device.
+
+    The file gets the rights of its folder, which ``mkdir`` gave as the umask says: safetensors
+    makes files that the rest of a group cannot read.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
     fsync(path)
-    _forget(path)
+    _drop_cached_pages(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 @contextlib.contextmanager
 def staged(target: Path, **meta: Any) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well, seal it and rename it to ``target``, else remove it.
+    """Yield an empty folder; publish it as ``target`` if the block succeeds, else remove it.
 
     Args:
-        target: where the folder is to appear, whole.
-        meta: goes into its manifest beside the list of files. A dict given here may be filled until the block ends.
+        target: the place at which the whole folder appears.
+        meta: entries of the manifest beside the list of files. The block may still fill a dict
+            that is given here.
 
     Raises:
         UserError: ``target`` exists already.
@@ -63,7 +66,8 @@ def staged(target: Path, **meta: Any) -> Iterator[Path]:
     folder = begin(target)
     try:
         yield folder
-        files = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in paths}
         publish(folder, target, files, **meta)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +75,7 @@ def staged(target: Path, **meta: Any) -> Iterator[Path]:
 
 
 def begin(target: Path) -> Path:
-    """An empty staging folder for ``target``; what a killed attempt left there is removed."""
+    """Make an empty staging folder for ``target``, and remove that of a killed attempt."""
     folder = target.with_name(f".{target.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -79,19 +83,26 @@ def begin(target: Path) -> Path:
 
 
 def publish(folder: Path, target: Path, files: dict[str, dict[str, Any]], **meta: Any) -> None:
-    """Write the manifest into a staging folder whose files are on the device, last, and rename it to its place."""
-    manifest, content = folder / MANIFEST, {**meta, "files": files}
-    manifest.write_text(json.dumps({**content, "digest": digest(content)}, indent=1) + "\n", encoding="utf-8")
+    """Seal a staging folder whose files are fsynced with a manifest; rename it to ``target``."""
+    content = {**meta, "files": files}
+    sealed = {**content, "digest": digest(content)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
     fsync(manifest)
-    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        fsync(inner)
+    fsync(folder)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync(path)
     folder.rename(target)
     fsync(target.parent)
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to, which takes its place when the block ends well; others may be writing the same."""
+    """Yield a name beside ``path`` to write to; it replaces ``path`` if the block succeeds.
+
+    Several processes may replace the same file at once: each writes to a name of its own.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -103,15 +114,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a sealed folder.
+    """The manifest of a published folder.
 
     Raises:
-        Damaged: it is missing or not what :func:`publish` writes.
+        Damaged: the manifest is missing, or :func:`publish` did not write it so.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
     except OSError as error:
-        _raise_unless_damage(error)
+        _raise_unless_damaged(error)
         raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
     return parse_manifest(content, str(folder / MANIFEST))
 
@@ -120,7 +131,7 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
     """A manifest from its bytes.
 
     Raises:
-        Damaged: it is not what :func:`publish` writes.
+        Damaged: :func:`publish` did not write it so.
     """
     try:
         manifest = json.loads(content)
@@ -128,7 +139,8 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
         if manifest.pop("digest") != digest(manifest):
             raise ValueError
         for path, entry in files.items():
-            if {key: type(value) for key, value in entry.items()} != {"bytes": int, "sha256": str} or ".." in Path(path).parts:
+            types = {key: type(value) for key, value in entry.items()}
+            if types != {"bytes": int, "sha256": str} or ".." in Path(path).parts:
                 raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{name} is missing or unreadable") from None
@@ -136,43 +148,50 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
-    """Compare a folder with its manifest and return that; without ``hashes``, only names and sizes.
+    """Compare a folder with its manifest and return the manifest.
+
+    Args:
+        hashes: compare every byte; otherwise only names and sizes.
 
     Raises:
-        Damaged: a file is missing, has another size or other bytes.
+        Damaged: a file is missing, or its size or content differs.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        path = folder / name
-        try:
-            size = -1 if path.is_dir() else path.stat().st_size
-            is_whole = size == entry["bytes"] and (not hashes or sha256(path) == entry["sha256"])
-        except OSError as error:
-            _raise_unless_damage(error)
-            size = -1
-        if size < 0:
-            raise Damaged(f"{path} is missing or unreadable")
-        if size != entry["bytes"]:
-            raise Damaged(f"{path} has {size} bytes, not {entry['bytes']}")
-        if not is_whole:
-            raise Damaged(f"{path} fails its checksum")
+        _verify_file(folder / name, entry, hashes=hashes)
     return manifest
 
 
-def _raise_unless_damage(error: OSError) -> None:
-    """Raise what says nothing of a file's content: no rights, too many open files, a server that is away."""
+def _verify_file(path: Path, entry: dict[str, Any], *, hashes: bool) -> None:
+    missing = Damaged(f"{path} is missing or unreadable")
+    try:
+        if path.is_dir():
+            raise missing
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise Damaged(f"{path} has {size} bytes, not {entry['bytes']}")
+        if hashes and sha256(path) != entry["sha256"]:
+            raise Damaged(f"{path} fails its checksum")
+    except OSError as error:
+        _raise_unless_damaged(error)
+        raise missing from None
+
+
+def _raise_unless_damaged(error: OSError) -> None:
+    """Raise errors that say nothing of a file's content: rights, too many open files, no server."""
     if error.errno not in (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         raise error
 
 
-def _forget(path: Path) -> None:
-    """Have the system drop a file's pages, so that it is read from where it was written to."""
+def _drop_cached_pages(path: Path) -> None:
+    """Drop a file's pages from the system's cache, so that the next read comes from the device."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fsync(path: Path) -> None:
+    """Flush a file or folder to its device."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""JSON lines: a file of records, one a line."""
+"""JSON lines: files of one record a line."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file; skip lines that are none, such as one cut short by a kill."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)

@@ -37,7 +37,7 @@ class StopCoordinator:
         self._run_dir = run_dir
         self._engine = engine
         self._store = store
-        self._signals = StopSignals(run_dir, looks=engine.rank_info.is_main)
+        self._signals = StopSignals(run_dir, watch_files=engine.rank_info.is_main)
         self._own_reason: str | None = None
 
     def agree(self, *, seconds_needed: float, save_is_due: bool, is_written: bool) -> Decision:
@@ -52,10 +52,10 @@ class StopCoordinator:
             UserError: a later start of the run has superseded this one.
         """
         is_main = self._engine.rank_info.is_main
-        self._own_reason = self._signals.to_stop(seconds_needed)
+        self._own_reason = self._signals.stop_reason(seconds_needed)
         flags = [
             self._own_reason is not None,
-            is_main and (save_is_due or self._signals.to_save()),
+            is_main and (save_is_due or self._signals.save_requested()),
             is_written,
             is_main and self._store.is_superseded(),
         ]
@@ -74,7 +74,7 @@ class StopCoordinator:
             stop: whether the run stops, too.
         """
         if self._engine.rank_info.is_main:
-            self._signals.answer(stop=stop)
+            self._signals.acknowledge(stop=stop)
 
     def reason(self) -> str:
         """Why the run stops; all ranks call this together."""

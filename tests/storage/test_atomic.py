@@ -1,6 +1,8 @@
 """Nothing half-written: a folder is there whole and verified, or not at all, whenever the process that writes it dies."""
 
+import os
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,19 @@ def test_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
             "deep/a.bin": {"bytes": 3, "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"},
         },
     }
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027, 0o077])
+def test_files_get_the_rights_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    """safetensors makes files that their owner alone may read."""
+    before = os.umask(umask)
+    try:
+        with staged(tmp_path / "model") as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "a").touch(0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model" / "deep" / "a").stat().st_mode) == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])

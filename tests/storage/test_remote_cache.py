@@ -551,15 +551,15 @@ def test_prefetching_prefers_what_is_needed_first(tmp_path: Path, server: Server
     assert kept(tmp_path) == {files[0].sha256, files[1].sha256}
 
 
-@pytest.mark.parametrize("end", ["close", "prefetch"])
+@pytest.mark.parametrize("end", ["stop", "prefetch"])
 def test_a_newer_wish_replaces_the_older(tmp_path: Path, server: Server, end: str) -> None:
     files = [server.add(str(number)) for number in range(3)]
     server.fault = lambda: "hold"
     cache = cache_of(server.url, tmp_path)
     cache.prefetch(files[:2])
     until(lambda: server.asked["/set/0"])
-    if end == "close":
-        cache.close()
+    if end == "stop":
+        cache.stop_prefetching()
         server.held.set()
         until(lambda: files[0].sha256 in kept(tmp_path))
     else:

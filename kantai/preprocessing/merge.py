@@ -53,7 +53,7 @@ def merge(job: Job) -> dict[str, Any]:
                     train.append(write_shard(folder / shard["file"], tokens, lengths))
     report = Report()
     for found in done:
-        report.add(Report(**found["report"]))
+        report.merge(Report(**found["report"]))
     splits = {TRAIN: train, HELD_OUT: held_out.close()}
     meta: dict[str, Any] = {
         "kind": "shards",

@@ -4,10 +4,18 @@ Nothing is stored or advanced, so any rank, worker or restart computes the same 
 The mixing function is SplitMix64's (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+Bools = npt.NDArray[np.bool_]
+Float64s = npt.NDArray[np.float64]
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
+TokenIds = npt.NDArray[Any]  # uint16 or uint32, as the shards have them
+
 # Constants are made once: of a call on few numbers, making them would be half of the time.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)

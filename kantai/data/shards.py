@@ -176,7 +176,7 @@ class ShardWriter:
         self._lengths: list[Int64s] = []
         self._collected = 0
 
-    def add(self, tokens: npt.NDArray[Any], lengths: Int64s) -> None:
+    def append(self, tokens: npt.NDArray[Any], lengths: Int64s) -> None:
         """Append documents: their tokens one after another, each ended by ``</s>``, and how many each has."""
         if self._collected and self._collected + len(tokens) > self.shard_tokens:
             self._write()
@@ -184,7 +184,7 @@ class ShardWriter:
         self._lengths.append(lengths)
         self._collected += len(tokens)
 
-    def close(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[dict[str, Any]]:
         """Write what is left; return the entries of all shards: file, documents, tokens, bytes, sha256."""
         if self._collected:
             self._write()

@@ -30,8 +30,8 @@ def written(folder: Path, texts: list[str], shard_tokens: int = SHARD_TOKENS) ->
     writer = ShardWriter(folder / "train", np.dtype(np.uint16), shard_tokens)
     for text in texts:
         ids = np.array([*text.encode(), EOS])
-        writer.add(ids, np.array([len(ids)]))
-    return writer.close()
+        writer.append(ids, np.array([len(ids)]))
+    return writer.finish()
 
 
 def opened(path: Path) -> Shard:
@@ -55,8 +55,8 @@ def test_documents_come_back_in_order(tmp_path: Path, shard_tokens: int) -> None
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_a_token_takes_two_bytes_where_they_hold_it(tmp_path: Path, vocab_size: int, dtype: type) -> None:
     writer = ShardWriter(tmp_path / "train", token_dtype(vocab_size))
-    writer.add(np.array([vocab_size - 1, EOS] * 1000), np.full(1000, 2))
-    (entry,) = writer.close()
+    writer.append(np.array([vocab_size - 1, EOS] * 1000), np.full(1000, 2))
+    (entry,) = writer.finish()
     shard = opened(tmp_path / entry["file"])
     assert shard.tokens.dtype == dtype and shard.tokens[:4].tolist() == [vocab_size - 1, EOS] * 2
 

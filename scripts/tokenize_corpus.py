@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from kantai.errors import UserError, run_command
-from kantai.preprocessing.documents import add_arguments, pieces
+from kantai.preprocessing.documents import add_corpus_arguments, pieces
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import describe, merge
@@ -19,7 +19,7 @@ from kantai.preprocessing.tokenize import tokenize
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--held_out", type=float, default=0.01, help="share of the documents that is never trained on (default 0.01)")

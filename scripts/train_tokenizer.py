@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kantai.data.tokenizer import load_tokenizer, save_tokenizer
 from kantai.errors import UserError, run_command
-from kantai.preprocessing.documents import add_arguments, documents, splittable, with_bar
+from kantai.preprocessing.documents import add_corpus_arguments, documents, splittable, with_progress_bar
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.sampling import draw_samples
@@ -21,7 +21,7 @@ from kantai.storage.atomic import staged
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_corpus_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--vocab_size", type=int, default=52_000, help="most entries (default 52000)")
     parser.add_argument("--min_frequency", type=int, default=2, help="occurrences that make a pair an entry (default 2)")
@@ -34,7 +34,7 @@ def main() -> None:
     with staged(arguments.output, kind="tokenizer") as folder:
         files = find_files(arguments.input)
         sample, rest = draw_samples(files, int(arguments.sample_bytes), arguments.seed, read, splittable=partial(splittable, unit=unit))
-        texts = with_bar(sample.read(partial(read, report=report)), sample.expected_bytes, "reading")
+        texts = with_progress_bar(sample.read(partial(read, report=report)), sample.expected_bytes, "reading")
         save_tokenizer(train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency), folder)
         vocabulary = load_tokenizer(folder)
         if vocabulary.size == 261:

@@ -1,32 +1,46 @@
-"""Which documents? Text, JSON lines, CSV, Parquet and data sets of the Hub, cut into lines, paragraphs, files or records.
+r"""Read documents from text, JSON lines, CSV, Parquet and data sets of the Hub.
 
-What is not as it should be is repaired and counted in a :class:`Report`; nothing is lost without a word. Bytes that are not UTF-8, halves
-of surrogate pairs and NUL characters become U+FFFD; more than one such document in a hundred, and the text is of another encoding, which
-is refused. A byte order mark is removed, ``\r\n`` ends a line as ``\n`` does (and nothing else does), and what is blank is no document.
+A document is a line, a paragraph, a file or a record. Defects are repaired and counted in a
+:class:`Report`; nothing is lost silently. Bytes that are not UTF-8, halves of surrogate pairs and
+NUL characters become U+FFFD. If more than one document in a hundred has them, the text has another
+encoding and is refused. Byte-order marks are removed, blank documents are dropped, and lines end in
+``\n`` or ``\r\n`` alone.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
 from kantai.errors import UserError
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
-from kantai.preprocessing.lines import MAX_DOCUMENT_BYTES, Block, Report, check_length, read_lines, repaired
+from kantai.preprocessing.lines import (
+    MAX_DOCUMENT_BYTES,
+    Block,
+    Report,
+    check_length,
+    read_lines,
+    repaired,
+)
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-_MAX_REPAIRED = 0.01  # share of a piece's documents; in text of another encoding it is more
-# What is held of records at once: texts of so many bytes, or one that is larger, out of so many records.
-_BATCH_BYTES, _BATCH_RECORDS = 1 << 22, 64
+_MAX_REPAIRED = 0.01  # share of a piece's documents; text of another encoding has more
+# Records are read in batches of at most this many texts, and given out by this many bytes.
+_BATCH_RECORDS = 64
+_BATCH_BYTES = 1 << 22
 
 
-def pieces(files: Iterable[File], unit: Unit | None = None, piece_bytes: int | None = None) -> list[Piece]:
-    """Cut files into pieces that can be read alone; see :func:`kantai.preprocessing.files.cut` for their size.
+def pieces(
+    files: Iterable[File], unit: Unit | None = None, piece_bytes: int | None = None
+) -> list[Piece]:
+    """Cut files into pieces that can be read alone, of the sizes that :func:`.files.cut` gives.
 
     Raises:
         UserError: a file cannot be cut into such documents.
@@ -38,32 +52,42 @@ def pieces(files: Iterable[File], unit: Unit | None = None, piece_bytes: int | N
 
 
 def splittable(file: File, unit: Unit | None) -> bool:
-    """Whether spans of a file can be read alone: uncompressed text and JSON lines at their lines, Parquet at its row groups.
+    """Tell whether spans of a file can be read alone.
 
-    A quoted field of a CSV file may have line ends, so where a record begins is known only to who has read all before it.
+    Uncompressed text and JSON lines are split at their lines, Parquet at its row groups. CSV is
+    not: a quoted field may hold line ends, so only a reader that starts at the beginning of the
+    file knows where a record begins.
     """
-    kind, compression = file.suffixes
-    return not compression and kind != ".csv" and unit != "file"
+    format_suffix, compression = file.suffixes
+    return not compression and format_suffix != ".csv" and unit != "file"
 
 
-def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", report: Report | None = None) -> Iterator[str]:
+def documents(
+    piece: Piece,
+    unit: Unit | None = None,
+    text_field: str = "text",
+    report: Report | None = None,
+) -> Iterator[str]:
     """Yield the documents of a piece in order.
 
-    However a file is cut into spans, they have the documents of the whole: a line belongs to the span with its first byte, a row group
-    of Parquet likewise, and paragraphs part at the first blank line that begins at or after the cut.
+    However a file is cut into spans, the spans hold the documents of the whole file. A line belongs
+    to the span that holds its first byte, and so does a row group of Parquet. Paragraphs are
+    divided at the first blank line that begins at or after the cut.
 
     Args:
-        piece: of files ``.jsonl``, ``.ndjson`` and ``.json`` (one record a line), ``.csv`` (with a line of names) and ``.parquet``,
-            which have records, as data sets of the Hub do; anything else is text. What ends in ``.gz``, ``.xz`` or ``.zst`` is
-            decompressed first.
-        unit: what one document is: a ``line``; a ``paragraph``, ended by a blank line, its lines joined by a space, since
-            where a line was wrapped says nothing; a whole ``file``; a ``record``. Default: lines of text, records of the rest.
-        text_field: the field or column of a record that holds its text; null there is an empty document.
-        report: takes in what was read when the iteration ends.
+        piece: spans of ``.jsonl``, ``.ndjson`` and ``.json`` files (one record a line), ``.csv``
+            files (with a header line), ``.parquet`` files and data sets of the Hub, which all hold
+            records. Every other file is text. ``.gz``, ``.xz`` and ``.zst`` are decompressed.
+        unit: what one document is: a ``line``; a ``paragraph``, ended by a blank line, with its
+            lines joined by a space, since their wrapping has no meaning; a whole ``file``; a
+            ``record``. Default: lines of text, records of the others.
+        text_field: the field or column of a record that holds its text; null is an empty document.
+        report: receives the counts of what was read when the iteration ends.
 
     Raises:
-        UserError: a file cannot be read to its end, or is not what its name says, or has no such field; a document is longer than
-            256 MiB; more than one document in a hundred of the piece had to be repaired.
+        UserError: a file cannot be read to its end, has another format than its name says, or lacks
+            the field; a document is longer than 256 MiB; more than one document in a hundred of the
+            piece had to be repaired.
     """
     read = Report()
     try:
@@ -82,98 +106,145 @@ def documents(piece: Piece, unit: Unit | None = None, text_field: str = "text", 
             raise UserError(_wrong_encoding(read))
     finally:
         if report is not None:
-            report.add(read)
+            report.merge(read)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments by which a program is told of a corpus; see :func:`documents`."""
-    kinds = (
-        "text, .jsonl (.json, .ndjson), .csv or .parquet files (also .gz, .xz, .zst), directories, quoted globs, URLs (s3://...), "
-        "hub:NAME[:CONFIG[:SPLIT]]"
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a corpus; see :func:`documents`."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="text, .jsonl (.json, .ndjson), .csv or .parquet files (also .gz, .xz, .zst), "
+        "directories, quoted globs, URLs (s3://...), or hub:NAME[:CONFIG[:SPLIT]]",
     )
-    parser.add_argument("--input", nargs="+", required=True, help=kinds)
-    parser.add_argument("--document", choices=UNITS, help="what a document is (default: lines of text, records of the others)")
-    parser.add_argument("--text_field", default="text", help="field of a record that has its text (default text)")
+    parser.add_argument(
+        "--document",
+        choices=UNITS,
+        help="unit of text that becomes one document (default: line for text, record for the rest)",
+    )
+    parser.add_argument(
+        "--text_field",
+        default="text",
+        help="field of a record that holds its text (default text)",
+    )
 
 
-def with_bar(texts: Iterable[str], total: int, doing: str) -> Iterator[str]:
-    """Pass documents on, with a progress bar in characters on a terminal; ``total`` is about how many there will be."""
-    with tqdm(total=total, unit="B", unit_scale=True, desc=doing, disable=not sys.stderr.isatty()) as bar:
+def with_progress_bar(texts: Iterable[str], total: int, description: str) -> Iterator[str]:
+    """Pass texts on, and on a terminal show how many of about ``total`` characters are done."""
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=description,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         for text in texts:
             yield text
             bar.update(len(text))
 
 
-# Readers take a span and a report, and yield lists of texts: a list is filtered and counted many times faster than text by text.
+# Readers yield lists of texts: a list is filtered and counted much faster than text by text.
 _Reader = Callable[[Span, Report], Iterator[Sequence[str]]]
 
 
 def _reader(span: Span, unit: Unit | None, text_field: str) -> _Reader:
     if span.file.path.startswith(HUB):
-        return lambda span, report: _hub(span, text_field, report)
-    if records := _RECORD_READERS.get(span.file.suffixes[0]):
-        return lambda span, report: records(span, text_field, report)
+        return partial(_hub_records, text_field)
+    format_suffix = span.file.suffixes[0]
+    if format_suffix in _RECORD_READERS:
+        return partial(_RECORD_READERS[format_suffix], text_field)
     return {"paragraph": _paragraphs, "file": _whole_file}.get(unit or "line", _lines)
 
 
 def _check_unit(file: File, unit: Unit | None) -> None:
     has_records = file.path.startswith(HUB) or file.suffixes[0] in _RECORD_READERS
     if unit is not None and has_records != (unit == "record"):
-        raise UserError(f"{file.path} cannot be cut by --document {unit}: give {'record' if has_records else 'line, paragraph or file'}")
+        units = "record" if has_records else "line, paragraph or file"
+        raise UserError(f"{file.path} cannot be cut by --document {unit}: give {units}")
 
 
 def _wrong_encoding(report: Report) -> str:
     share = f"as {report.replaced:,} of {report.documents:,} documents"
     if "invalid_utf8" in report.first:
-        return f"{report.first['invalid_utf8']} is not UTF-8, {share}: convert it first, as with iconv -f LATIN1 -t UTF-8"
-    return f"{report.first['nul']} has a NUL byte, {share}: it is binary, or text of another encoding than UTF-8"
+        return (
+            f"{report.first['invalid_utf8']} is not UTF-8, {share}: "
+            "convert it first, as with iconv -f LATIN1 -t UTF-8"
+        )
+    return (
+        f"{report.first['nul']} has a NUL byte, {share}: "
+        "it is binary, or text of another encoding than UTF-8"
+    )
 
 
 def _blocks(span: Span, report: Report) -> Iterator[Block]:
-    if span.start < span.stop:
-        with open_file(span.file, max(span.start - 1, 0)) as content:
-            stop = None if span.stop == span.file.size else span.stop  # which for a compressed file is no place in its text
-            yield from read_lines(content, span.file.path, span.start, stop, report)
+    """Yield the lines of a span in blocks, then those behind it (see :func:`read_lines`)."""
+    if span.start >= span.stop:
+        return
+    # Only the end of the file will do for a compressed one: its size says nothing about its text.
+    stop = None if span.stop == span.file.size else span.stop
+    with open_file(span.file, max(span.start - 1, 0)) as content:
+        yield from read_lines(content, span.file.path, span.start, stop, report)
+
+
+def _blocks_inside(span: Span, report: Report) -> Iterator[Block]:
+    """Yield the lines that begin inside a span, in blocks."""
+    return itertools.takewhile(lambda block: block.inside, _blocks(span, report))
+
+
+def _each_line(blocks: Iterable[Block]) -> Iterator[tuple[str, Block, int]]:
+    """Yield every line with its block, and its index in it."""
+    for block in blocks:
+        for index, line in enumerate(block.lines):
+            yield line, block, index
 
 
 def _lines(span: Span, report: Report) -> Iterator[list[str]]:
-    for block in _blocks(span, report):
-        if not block.inside:
-            return
+    for block in _blocks_inside(span, report):
         for index in block.defects:
             report.count_repaired(block.defects_at(index))
         yield block.lines
 
 
 def _paragraphs(span: Span, report: Report) -> Iterator[list[str]]:
-    lines: list[str] = []
+    """Yield paragraphs from the first blank line of a span to the first blank line behind it."""
+    lines = _each_line(_blocks(span, report))
+    if span.start > 0 and not _skip_partial_paragraph(lines):
+        return
+    paragraph: list[str] = []
     length = 0
     defects: dict[str, str] = {}
-    in_the_one_before = span.start > 0
-    for block in _blocks(span, report):
-        if in_the_one_before and not block.inside:
+    for line, block, index in lines:
+        text = line.strip()
+        if text:
+            paragraph.append(text)
+            length += len(line)
+            if length > MAX_DOCUMENT_BYTES:
+                check_length(length, block.place(index))
+            if block.defects:
+                defects = block.defects_at(index) | defects
+            continue
+        if paragraph:
+            report.count_repaired(defects)
+            yield [" ".join(paragraph)]
+            paragraph = []
+            length = 0
+            defects = {}
+        if not block.inside:
             return
-        texts = []
-        for index, line in enumerate(block.lines):
-            blank = not line or line.isspace()
-            if in_the_one_before:
-                in_the_one_before = not blank
-            elif not blank:
-                lines.append(line.strip())
-                length += len(line)
-                if block.defects:
-                    defects = block.defects_at(index) | defects
-            elif lines:
-                texts.append(" ".join(lines))
-                report.count_repaired(defects)
-                lines, length, defects = [], 0, {}
-            if blank and not block.inside:
-                yield texts
-                return
-        check_length(length, block.place(0))
-        yield texts
-    report.count_repaired(defects)
-    yield [" ".join(lines)] if lines else []
+    if paragraph:
+        report.count_repaired(defects)
+        yield [" ".join(paragraph)]
+
+
+def _skip_partial_paragraph(lines: Iterator[tuple[str, Block, int]]) -> bool:
+    """Read past the first blank line; return False if there is none inside the span."""
+    for line, block, _ in lines:
+        if not block.inside:
+            return False
+        if not line or line.isspace():
+            return True
+    return False
 
 
 def _whole_file(span: Span, report: Report) -> Iterator[list[str]]:
@@ -188,124 +259,154 @@ def _whole_file(span: Span, report: Report) -> Iterator[list[str]]:
     yield ["\n".join(lines)]
 
 
-def _json_lines(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
-    for block in _blocks(span, report):
-        if not block.inside:
-            return
-        texts = []
-        for index, line in enumerate(block.lines):
-            if not line or line.isspace():
-                texts.append("")
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(_NO_RECORD.format(block.place(index)))
-            if not isinstance(text := row.get(text_field, 0), str | None):
-                raise UserError(_no_text(block.place(index), text_field))
-            defects = block.defects_at(index)
-            if text and "\\u" in line:
-                text, escaped = repaired(text)
-                defects |= dict.fromkeys(escaped, block.place(index)) if escaped else {}
-            report.count_repaired(defects)
-            texts.append(text or "")
-        yield texts
+def _json_lines(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
+    for block in _blocks_inside(span, report):
+        yield [_json_text(block, index, text_field, report) for index in range(len(block.lines))]
 
 
-def _csv(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
+def _json_text(block: Block, index: int, text_field: str, report: Report) -> str:
+    line = block.lines[index]
+    if not line or line.isspace():
+        return ""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(_NO_RECORD.format(block.place(index)))
+    text = record.get(text_field, 0)
+    if not isinstance(text, str | None):
+        raise UserError(_no_text(block.place(index), text_field))
+    defects = block.defects_at(index)
+    if text and "\\u" in line:
+        text, escaped = repaired(text)
+        if escaped:
+            defects |= dict.fromkeys(escaped, block.place(index))
+    report.count_repaired(defects)
+    return text or ""
+
+
+def _csv_records(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    defects: dict[str, str] = {}
+    defects: dict[str, str] = {}  # of the lines read since the last record
 
     def lines() -> Iterator[str]:
-        for block in _blocks(span, report):
-            for index, line in enumerate(block.lines):
-                defects.update(block.defects_at(index) | defects)
-                yield line + "\n"
+        for line, block, index in _each_line(_blocks(span, report)):
+            defects.update(block.defects_at(index) | defects)
+            yield line + "\n"
 
-    rows = csv.reader(lines(), strict=True)  # no DictReader, which leaves out blank rows without a word
+    rows = csv.reader(lines(), strict=True)  # DictReader would drop blank rows silently
     try:
         names = next(rows, [])
         for row in rows:
             if text_field not in names:
                 raise UserError(_no_text(f"{span.file.path} record 1", text_field))
-            place = names.index(text_field)
+            column = names.index(text_field)
             report.count_repaired(defects)
             defects.clear()
-            yield row[place : place + 1] or [""]
+            yield row[column : column + 1] or [""]
     except csv.Error as error:
         raise UserError(f"{span.file.path} is not CSV: {error}") from None
 
 
-def _parquet(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
-    import pyarrow as pa  # only here: a second of start-up that text does not need
+def _parquet_records(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
+    import pyarrow as pa  # imported here: it takes a second that text need not wait for
     import pyarrow.parquet as pq
 
     path = span.file.path
     try:
-        # With a buffer, a column is read page by page (as Arrow writes them, a MiB or 1,024 records) and not whole.
-        with open_file(span.file) as content, pq.ParquetFile(content, buffer_size=MIB, pre_buffer=False) as file:
+        # With a buffer, pyarrow reads a column by pages (Arrow writes pages of a MiB or 1,024
+        # records) and not whole.
+        with (
+            open_file(span.file) as content,
+            pq.ParquetFile(content, buffer_size=MIB, pre_buffer=False) as file,
+        ):
             if text_field not in file.schema_arrow.names:
                 raise UserError(_no_text(f"{path} record 1", text_field))
             number = 1
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)
-                first = group.column(0)
-                offset = first.dictionary_page_offset if first.has_dictionary_page else first.data_page_offset
-                if span.start <= offset < span.stop:
-                    columns = (group.column(each) for each in range(group.num_columns))
-                    stored = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
-                    records = max(1, min(_BATCH_RECORDS, _BATCH_BYTES * group.num_rows // max(1, stored)))
-                    yield from _columns(file.iter_batches(records, [index], [text_field]), path, number, text_field, report)
+                if span.start <= _first_byte(group) < span.stop:
+                    batches = file.iter_batches(
+                        _batch_records(group, text_field), [index], [text_field]
+                    )
+                    yield from _column_texts(batches, path, number, text_field, report)
                 number += group.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
 
 
-def _hub(span: Span, text_field: str, report: Report) -> Iterator[list[str]]:
+def _first_byte(group: Any) -> int:
+    """Return the offset of a row group in its Parquet file."""
+    column = group.column(0)
+    if column.has_dictionary_page:
+        return int(column.dictionary_page_offset)
+    return int(column.data_page_offset)
+
+
+def _batch_records(group: Any, text_field: str) -> int:
+    """Return how many records of a row group to read at once."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    stored = sum(
+        column.total_uncompressed_size for column in columns if column.path_in_schema == text_field
+    )
+    records: int = _BATCH_BYTES * group.num_rows // max(1, stored)
+    return max(1, min(_BATCH_RECORDS, records))
+
+
+def _hub_records(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
     path = f"{span.file.path} shard {span.start}"
     try:
-        data = hub_dataset(span.file.path).shard(num_shards=span.file.size, index=span.start).with_format("arrow")
+        data = hub_dataset(span.file.path)
+        data = data.shard(num_shards=span.file.size, index=span.start).with_format("arrow")
         if text_field not in (data.column_names or [text_field]):
             raise UserError(_no_text(f"{path} record 1", text_field))
-        yield from _columns(data.iter(batch_size=_BATCH_RECORDS), path, 1, text_field, report)
+        batches = data.iter(batch_size=_BATCH_RECORDS)
+        yield from _column_texts(batches, path, 1, text_field, report)
     except UserError:
         raise
-    except Exception as error:  # of the library, the Hub or the network
+    except Exception as error:  # from the library, the Hub or the network
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _columns(batches: Iterable[Any], path: str, number: int, text_field: str, report: Report) -> Iterator[list[str]]:
-    """Texts of Arrow batches or tables with a column ``text_field``, whose first record is ``number``."""
-    import pyarrow as pa
-
+def _column_texts(
+    batches: Iterable[Any], path: str, number: int, text_field: str, report: Report
+) -> Iterator[list[str]]:
+    """Yield the texts of Arrow batches or tables; ``number`` is that of the first record."""
     for batch in batches:
-        if text_field not in batch.column_names:
+        if text_field not in batch.column_names or not _is_text(batch.column(text_field).type):
             raise UserError(_no_text(f"{path} record {number}", text_field))
-        column = batch.column(text_field)
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise UserError(_no_text(f"{path} record {number}", text_field))
-        texts, size = [], 0
-        for value in column:
-            stored, place = _stored(value), f"{path} record {number}"
+        texts: list[str] = []
+        size = 0
+        for value in batch.column(text_field):
+            place = f"{path} record {number}"
+            stored = _stored(value)
             check_length(len(stored), place)
             text, defects = repaired(stored)
             report.count_repaired(dict.fromkeys(defects, place))
             texts.append(text)
-            number, size = number + 1, size + len(stored)
+            number += 1
+            size += len(stored)
             if size >= _BATCH_BYTES:
                 yield texts
-                texts, size = [], 0
+                texts = []
+                size = 0
         yield texts
 
 
+def _is_text(arrow_type: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    return arrow_type in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+
+
 def _stored(value: Any) -> bytes:
-    """The bytes of an Arrow string, which may have been written without a look whether they are UTF-8."""
+    """Return the bytes of an Arrow string, which its writer may not have checked to be UTF-8."""
     if not value.is_valid:
         return b""
-    value = getattr(value, "value", value)  # of an entry of a dictionary
+    value = getattr(value, "value", value)  # a dictionary-encoded string holds it inside
     return bytes(value.as_buffer())
 
 
@@ -313,5 +414,14 @@ def _no_text(place: str, text_field: str) -> str:
     return f"{place} has no text in its field {text_field!r}: name the right one with --text_field"
 
 
-_RECORD_READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines, ".csv": _csv, ".parquet": _parquet}
-_NO_RECORD = "{} is not JSON with a record a line: make a file of such lines by jq -c . or, where it is one array, by jq -c '.[]'"
+_RECORD_READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_lines,
+    ".csv": _csv_records,
+    ".parquet": _parquet_records,
+}
+_NO_RECORD = (
+    "{} is not JSON with a record a line: make a file of such lines by jq -c . or, "
+    "where it is one array, by jq -c '.[]'"
+)

@@ -1,7 +1,8 @@
-"""Which files, and how is their reading divided?
+"""Input files: find them, cut them into pieces of work, open them decompressed.
 
-A corpus is a list of files: on the local disk, behind any fsspec URL, or the shards of a Hugging Face data set. They are cut into
-pieces, the units of work for parallel and resumable reading: a pure function of the files' order and sizes, never of who reads them.
+A corpus is a list of files: on the local disk, behind any fsspec URL, or the shards of a Hugging
+Face data set. Pieces are the units of parallel and resumable reading. They depend on the order and
+sizes of the files alone, never on the number of processes.
 """
 
 import contextlib
@@ -20,25 +21,37 @@ from kantai.errors import UserError
 
 MIB = 1 << 20
 HUB = "hub:"
-# What text comes to when it is decompressed. Used to divide work and samples fairly, so a rough number will do.
+# Bytes of text in a compressed byte, roughly. It divides work and samples fairly.
 COMPRESSION = 4
 _COMPRESSED = {".gz", ".xz", ".zst"}
-_HUB_SHARD_BYTES = 64 * MIB  # taken where a data set does not tell its size
-_PIECES = 64  # of a corpus of middle size; enough for the processes of a machine to share evenly
-_MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 4 * MIB, 128 * MIB
+_HUB_SHARD_BYTES = 64 * MIB  # assumed where a data set does not state its size
+_PIECES = 64  # in a corpus of 256 MiB to 8 GiB: enough for the cores of a machine to share evenly
+_MIN_PIECE_BYTES = 4 * MIB
+_MAX_PIECE_BYTES = 128 * MIB
 _BUFFER_BYTES = MIB
-# Where file systems put what changes with a file's content, the best first.
-_VERSION_KEYS = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "updated", "last_commit", "created")
+# The keys under which file systems state a file's version, the most reliable first.
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "mtime",
+    "updated",
+    "last_commit",
+    "created",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """Something that holds documents.
+    """An input file, or a data set on the Hub.
 
     Attributes:
         path: local path, fsspec URL, or ``hub:NAME[:CONFIG[:SPLIT]]``.
-        size: bytes as stored; of a data set on the Hub, its shards.
-        version: changes when the content does (modification time, ETag, revision); "" where the file system tells nothing.
+        size: bytes as stored; for a data set on the Hub, the number of its shards.
+        version: modification time, ETag or revision, which changes with the content; "" where the
+            file system states none.
     """
 
     path: str
@@ -47,16 +60,18 @@ class File:
 
     @property
     def suffixes(self) -> tuple[str, str]:
-        """What is in the file and how it is compressed, in small letters, as in (".jsonl", ".gz"); "" for neither."""
+        """Format and compression in lower case, such as (".jsonl", ".gz"); "" if absent."""
         if self.path.startswith(HUB):
             return "", ""
         name = self.path.partition("?")[0] if _is_remote(self.path) else self.path
         name, last = os.path.splitext(name.lower())
-        return (os.path.splitext(name)[1], last) if last in _COMPRESSED else (last, "")
+        if last in _COMPRESSED:
+            return os.path.splitext(name)[1], last
+        return last, ""
 
     @property
     def text_bytes(self) -> int:
-        """About how many bytes of text it holds."""
+        """An estimate of the bytes of text in the file."""
         if self.path.startswith(HUB):
             return _hub_bytes(self.path) or self.size * _HUB_SHARD_BYTES
         return self.size * COMPRESSION if self.suffixes[1] else self.size
@@ -64,7 +79,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A part of a file that can be read alone: from byte (or shard) ``start`` to before ``stop``."""
+    """A part of a file that can be read alone: bytes (or shards) ``start`` to ``stop - 1``."""
 
     file: File
     start: int
@@ -75,80 +90,122 @@ Piece = tuple[Span, ...]
 
 
 def find_files(inputs: Sequence[str]) -> list[File]:
-    """The files behind paths, directories, globs, fsspec URLs (of files, directories and globs) and ``hub:NAME[:CONFIG[:SPLIT]]``.
+    """Find the input files behind paths, directories, globs, fsspec URLs and Hub data sets.
 
-    A directory, one that a glob matches too, means all files below it except hidden ones; links to directories are followed, but no
-    directory is searched twice for an input. The order is fixed: that of the inputs, sorted within each, and no file comes twice.
-    Empty files are kept, to be counted where they are read.
+    A directory, also one that a glob matches, stands for all files below it except hidden ones.
+    Links to directories are followed, but one input searches no directory twice. Files come in the
+    order of the inputs, sorted within each input, and each file once. Empty files are kept: readers
+    count them.
+
+    Args:
+        inputs: URLs may name files, directories and globs; data sets are
+            ``hub:NAME[:CONFIG[:SPLIT]]``.
 
     Raises:
-        UserError: an input matches nothing or cannot be reached, a link leads nowhere, a driver is not installed, or every file is empty.
+        UserError: an input matches nothing or cannot be reached, a link leads nowhere, a driver is
+            not installed, or every file is empty.
     """
     found: dict[str, File] = {}
     for name in inputs:
-        files = [_hub_file(name)] if name.startswith(HUB) else _remote_files(name) if _is_remote(name) else _local_files(name)
-        before = len(found)
+        files = _find_input(name)
+        if not files:
+            raise UserError(
+                f"no input at {name}: give a text, .json(l), .csv or .parquet file, "
+                "a directory of them, or a quoted glob"
+            )
         for file in files:
             found.setdefault(file.path, file)
-        if before == len(found) and not files:
-            raise UserError(f"no input at {name}: give a text, .json(l), .csv or .parquet file, a directory of them, or a quoted glob")
     if not any(file.size for file in found.values()):
         first = next(iter(found))
-        subject = f"{first} is empty" if len(found) == 1 else f"every one of {len(found)} files is empty, {first} the first"
-        raise UserError(f"{subject}: see what was to write it")
+        if len(found) == 1:
+            subject = f"{first} is empty"
+        else:
+            subject = f"every one of {len(found)} files is empty, {first} the first"
+        raise UserError(f"{subject}: check the program that wrote it")
     return list(found.values())
 
 
-def cut(files: Iterable[File], *, splittable: Callable[[File], bool], piece_bytes: int | None = None) -> list[Piece]:
+def cut(
+    files: Iterable[File],
+    *,
+    splittable: Callable[[File], bool],
+    piece_bytes: int | None = None,
+) -> list[Piece]:
     """Divide files into pieces of about ``piece_bytes`` of text, in order.
 
-    Small files come together in one piece, a large one is cut if that is possible and else a piece alone, and each shard of a data set
-    on the Hub is a piece.
+    Small files share a piece. A large file is cut if it is splittable, and is a piece alone if not.
+    Each shard of a data set on the Hub is a piece.
 
     Args:
-        splittable: whether the parts of a file can be read alone.
-        piece_bytes: default a 64th of the corpus, but at least 4 MiB and at most 128 MiB.
+        splittable: whether parts of a file can be read alone.
+        piece_bytes: default: 1/64 of the corpus, but at least 4 MiB and at most 128 MiB.
     """
     sized = [(file, file.text_bytes) for file in files]
     if piece_bytes is None:
-        piece_bytes = min(max(sum(size for _, size in sized) // _PIECES, _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
-    pieces: list[Piece] = []
-    piece: list[Span] = []
-    room = piece_bytes
-
-    def close() -> None:
-        nonlocal piece, room
-        if piece:
-            pieces.append(tuple(piece))
-        piece, room = [], piece_bytes
-
+        share = sum(text_bytes for _, text_bytes in sized) // _PIECES
+        piece_bytes = min(max(share, _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
+    builder = _PieceBuilder(piece_bytes)
     for file, text_bytes in sized:
         if file.path.startswith(HUB):
-            close()
-            pieces += [(Span(file, shard, shard + 1),) for shard in range(file.size)]
-            continue
-        if text_bytes > room and splittable(file):
-            start = 0
-            while file.size - start > room:
-                piece.append(Span(file, start, start + room))
-                start += room
-                close()
-            piece.append(Span(file, start, file.size))
-            room -= file.size - start
+            builder.place_shards(file)
+        elif text_bytes > builder.room and splittable(file):
+            builder.place_in_parts(file)
         else:
-            if text_bytes > room:
-                close()
-            piece.append(Span(file, 0, file.size))
-            room -= text_bytes
-        if room <= 0:
-            close()
-    close()
-    return pieces
+            builder.place_whole(file, text_bytes)
+    return builder.finish()
+
+
+class _PieceBuilder:
+    """Fills one piece after another with spans of files."""
+
+    def __init__(self, piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+        self._pieces: list[Piece] = []
+        self._start_piece()
+
+    def _start_piece(self) -> None:
+        self._spans: list[Span] = []
+        self.room = self._piece_bytes  # bytes of text that the open piece can still take
+
+    def _finish_piece(self) -> None:
+        if self._spans:
+            self._pieces.append(tuple(self._spans))
+        self._start_piece()
+
+    def _place(self, span: Span, text_bytes: int) -> None:
+        self._spans.append(span)
+        self.room -= text_bytes
+        if self.room <= 0:
+            self._finish_piece()
+
+    def place_shards(self, file: File) -> None:
+        """Make each shard of a data set a piece."""
+        self._finish_piece()
+        self._pieces += [(Span(file, shard, shard + 1),) for shard in range(file.size)]
+
+    def place_whole(self, file: File, text_bytes: int) -> None:
+        """Put a file into the open piece, or into the next if it does not fit."""
+        if text_bytes > self.room:
+            self._finish_piece()
+        self._place(Span(file, 0, file.size), text_bytes)
+
+    def place_in_parts(self, file: File) -> None:
+        """Fill the open piece with the first part of a file, and further pieces with the rest."""
+        start = 0
+        while start < file.size:
+            stop = min(start + self.room, file.size)
+            self._place(Span(file, start, stop), stop - start)
+            start = stop
+
+    def finish(self) -> list[Piece]:
+        """Return all pieces."""
+        self._finish_piece()
+        return self._pieces
 
 
 @contextlib.contextmanager
 def open_file(file: File, start: int = 0) -> Iterator[BinaryIO]:
-    """Open a file, decompressed, at a byte; ``start`` is 0 for a compressed one."""
+    """Open a file at byte ``start`` and decompress it; ``start`` is 0 for a compressed file."""
     compression = file.suffixes[1]
     with _open(file, start) as stored:
         if compression == ".gz":
@@ -158,7 +215,8 @@ def open_file(file: File, start: int = 0) -> Iterator[BinaryIO]:
             with lzma.open(stored) as content:
                 yield cast(BinaryIO, content)
         elif compression == ".zst":
-            import pyarrow as pa  # reads all frames and notices a missing end, which zstandard's own stream reader does not
+            # zstandard's own stream reader stops after the first frame and misses a missing end.
+            import pyarrow as pa
 
             with pa.input_stream(stored, compression="zstd") as content:
                 yield content
@@ -168,17 +226,19 @@ def open_file(file: File, start: int = 0) -> Iterator[BinaryIO]:
 
 @lru_cache(maxsize=16)
 def hub_dataset(path: str) -> Any:
-    """The ``datasets.IterableDataset`` that ``hub:NAME[:CONFIG[:SPLIT]]`` names; a NAME that begins with . or / is a local folder.
+    """Open ``hub:NAME[:CONFIG[:SPLIT]]`` as a ``datasets.IterableDataset``.
+
+    A NAME that begins with . or / is a local folder.
 
     Raises:
         UserError: there is no such data set, or it cannot be reached.
     """
-    split = (*path.removeprefix(HUB).split(":"), "", "")[2] or "train"
+    _, _, split = _hub_parts(path)
     try:
-        return _hub_builder(path).as_streaming_dataset(split=split)
+        return _hub_builder(path).as_streaming_dataset(split=split or "train")
     except UserError:
         raise
-    except Exception as error:  # of the library, the Hub or the network
+    except Exception as error:  # from the library, the Hub or the network
         raise UserError(f"{path} cannot be opened: {error}") from None
 
 
@@ -187,36 +247,59 @@ def _is_remote(path: str) -> bool:
 
 
 def _sorting_key(path: str) -> list[str]:
-    return path.split("/")  # as directories are listed, not as "/" sorts among letters
+    return path.split("/")  # the order of directory listings: "a/b" before "a-b"
+
+
+def _find_input(name: str) -> list[File]:
+    if name.startswith(HUB):
+        return [_hub_file(name)]
+    if _is_remote(name):
+        return _remote_files(name)
+    return _local_files(name)
 
 
 def _local_files(pattern: str) -> list[File]:
-    matches = [pattern] if os.path.lexists(pattern) else sorted(glob.iglob(pattern, recursive=True), key=_sorting_key)
+    if os.path.lexists(pattern):
+        matches = [pattern]
+    else:
+        matches = sorted(glob.iglob(pattern, recursive=True), key=_sorting_key)
     searched: set[tuple[int, int]] = set()
-    found = {file.path: file for match in matches for file in _walk(str(Path(match)), searched)}
+    found: dict[str, File] = {}
+    for match in matches:
+        for file in _walk(str(Path(match)), searched):
+            found[file.path] = file
     return [found[path] for path in sorted(found, key=_sorting_key)]
 
 
 def _walk(path: str, searched: set[tuple[int, int]]) -> Iterator[File]:
-    """A file, or those below a directory that is not searched already: links may make a circle."""
+    """Yield a file, or the files below a directory.
+
+    Directories in ``searched`` are left out, since links may form a circle.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
         if not os.path.islink(path):
             raise
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which cannot be read: {error.strerror}; mend or remove it") from None
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, which cannot be read: {error.strerror}; "
+            "mend or remove it"
+        ) from None
     if not stat.S_ISDIR(status.st_mode):
         yield File(path, status.st_size, str(status.st_mtime_ns))
-    elif (place := (status.st_dev, status.st_ino)) not in searched:
-        searched.add(place)
-        for name in sorted(os.listdir(path)):
-            if not name.startswith("."):
-                yield from _walk(os.path.join(path, name), searched)
+        return
+    directory = (status.st_dev, status.st_ino)
+    if directory in searched:
+        return
+    searched.add(directory)
+    for name in sorted(os.listdir(path)):
+        if not name.startswith("."):
+            yield from _walk(os.path.join(path, name), searched)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it."""
-    import fsspec  # only here: local files need not wait for it
+    """Return the fsspec file system of a URL, and the path in that file system."""
+    import fsspec  # imported here, so that local files need not wait for it
     from fsspec.registry import known_implementations
 
     protocol = url.partition("://")[0]
@@ -224,8 +307,11 @@ def _file_system(url: str) -> tuple[Any, str]:
         return cast(tuple[Any, str], fsspec.url_to_fs(url))
     except ImportError:
         package = known_implementations[protocol]["class"].partition(".")[0]
-        package = f'"fsspec[{protocol}]"' if package == "fsspec" else package
-        raise UserError(f"{url} needs a driver that is not installed: pip install {package}") from None
+        if package == "fsspec":
+            package = f'"fsspec[{protocol}]"'
+        raise UserError(
+            f"{url} needs a driver that is not installed: pip install {package}"
+        ) from None
     except ValueError as error:
         raise UserError(f"{url} cannot be opened: {error}") from None
 
@@ -234,32 +320,38 @@ def _remote_files(url: str) -> list[File]:
     file_system, path = _file_system(url)
     try:
         infos = _remote_infos(file_system, path)
-    except Exception as error:  # each driver has its own
+    except Exception as error:  # each driver raises its own
         raise UserError(f"{url} cannot be listed: {error}") from None
     files = []
     for name in sorted(infos, key=_sorting_key):
         info = infos[name]
         if info.get("size") is None:
-            raise UserError(f"{url}: the server does not tell the size of {name}; download it first")
+            raise UserError(
+                f"{url}: the server does not state the size of {name}; download it first"
+            )
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
         files.append(File(file_system.unstrip_protocol(name), int(info["size"]), version))
     return files
 
 
 def _remote_infos(file_system: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Return fsspec's information on every file that a path or glob stands for, by name."""
     try:
         found = {path: file_system.info(path)}
+        not_hidden = path  # someone who names a hidden directory gets its files
     except FileNotFoundError:
         found = file_system.glob(path, detail=True) if glob.has_magic(path) else {}
-        shown = path if "/." in path else ""  # who asks for hidden files gets them
-    else:
-        shown = path
-    searched = "\n"
+        not_hidden = path if "/." in path else ""
+    searched = "\n"  # the last directory searched; at first none, as no name begins like this
     for name in sorted(found, key=_sorting_key):
         if found[name]["type"] != "file" and not f"{name}/".startswith(searched):
             searched = f"{name.rstrip('/')}/"
             found |= file_system.find(name, detail=True)
-    return {name: info for name, info in found.items() if info["type"] == "file" and "/." not in name[len(shown) :]}
+    return {
+        name: info
+        for name, info in found.items()
+        if info["type"] == "file" and "/." not in name[len(not_hidden) :]
+    }
 
 
 def _open(file: File, start: int) -> Any:
@@ -269,12 +361,13 @@ def _open(file: File, start: int) -> Any:
         return stored
     file_system, path = _file_system(file.path)
     try:
-        if file.path.startswith("http") and file.suffixes[0] != ".parquet":  # a Parquet file is read back to front
+        # A Parquet file is read back to front, which needs a file that seeks.
+        if file.path.startswith("http") and file.suffixes[0] != ".parquet":
             return _open_http(file_system, path, start)
         stored = file_system.open(path, "rb")
         stored.seek(start)
         return stored
-    except Exception as error:  # each driver has its own
+    except Exception as error:  # each driver raises its own
         raise UserError(f"{file.path} cannot be opened: {error}") from None
 
 
@@ -283,28 +376,41 @@ def _open_http(file_system: Any, path: str, start: int) -> Any:
         stored = file_system.open(path, "rb")
         try:
             stored.seek(start)
-            stored.read(1)  # and what comes behind it stays in the buffer
+            stored.read(1)  # the bytes after it stay in the buffer
             stored.seek(start)
             return stored
-        except ValueError:  # this server can only send the whole: what is before is dropped
+        except ValueError:  # the server can only send the whole file: read up to start and drop it
             stored.close()
     stored = file_system.open(path, "rb", block_size=0)
-    while start and (dropped := len(stored.read(min(start, _BUFFER_BYTES)))):
+    while start:
+        dropped = len(stored.read(min(start, _BUFFER_BYTES)))
+        if not dropped:
+            break
         start -= dropped
     return stored
+
+
+def _hub_parts(path: str) -> tuple[str, str, str]:
+    """Split ``hub:NAME[:CONFIG[:SPLIT]]`` into name, config and split; "" for an absent one."""
+    name, config, split = (*path.removeprefix(HUB).split(":"), "", "")[:3]
+    return name, config, split
 
 
 def _hub_builder(path: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{path} needs a library that is not installed: pip install datasets") from None
-    name, config = (*path.removeprefix(HUB).split(":"), "")[:2]
-    return datasets.load_dataset_builder(os.path.abspath(name) if name.startswith((".", "/")) else name, config or None)
+        raise UserError(
+            f"{path} needs a library that is not installed: pip install datasets"
+        ) from None
+    name, config, _ = _hub_parts(path)
+    if name.startswith((".", "/")):
+        name = os.path.abspath(name)
+    return datasets.load_dataset_builder(name, config or None)
 
 
 def _hub_file(path: str) -> File:
-    # The builder's hash is made of the revision, or of the modification times of local files.
+    # The builder hashes the revision, or the modification times of local files.
     return File(path, hub_dataset(path).num_shards, _hub_builder(path).hash)
 
 

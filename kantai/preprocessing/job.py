@@ -1,4 +1,4 @@
-"""A tokenizing job: everything that decides the bytes of the resulting shards, and what is done of it."""
+"""A tokenizing job: everything that decides the bytes of the shards, and what is done so far."""
 
 import json
 from dataclasses import dataclass
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from kantai.data.rng import Int64s
+from kantai.data.rng import Int64s, TokenIds
 from kantai.data.shards import SPLITS
 from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.preprocessing.documents import Unit
@@ -17,22 +16,33 @@ from kantai.preprocessing.files import Piece
 from kantai.storage.atomic import digest
 
 TRAIN, HELD_OUT = SPLITS
-_FORMAT = 1  # of the pieces; those of another one are made again
-_COUNTED_AT_ONCE = 1 << 20
+_FORMAT = 1  # of the finished pieces; pieces of another format are made again
+_TOKENS_COUNTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be tokenized, and how: everything that decides the bytes of the result."""
+    """Everything that decides the bytes of the shards.
+
+    Attributes:
+        pieces: the input.
+        unit: what one document is; None: lines of text, records of the rest.
+        text_field: the field of a record that holds its text.
+        tokenizer: the tokenizer's folder.
+        output: the folder to publish.
+        source: a note on the input, for the manifest.
+        held_out_share: share of the documents that goes to the held-out split.
+        unique: whether to deduplicate: keep only the first of the documents with the same text.
+    """
 
     pieces: list[Piece]
     unit: Unit | None
     text_field: str
     tokenizer: Path
     output: Path
-    source: dict[str, Any]  # noted in the manifest
+    source: dict[str, Any]
     held_out_share: float = 0.01
-    unique: bool = False  # of documents with the same text, only the first is kept
+    unique: bool = False
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -41,43 +51,69 @@ class Job:
 
     @property
     def work(self) -> Path:
-        """Where the pieces are until the folder is published."""
+        """The folder that holds the pieces until the output is published."""
         return self.output.absolute().with_name(f".{self.output.name}.partial") / "pieces"
 
     def key(self, number: int) -> str:
-        """A digest of all that a piece's shards depend on."""
-        spans = [(span.file.path, span.file.size, span.file.version, span.start, span.stop) for span in self.pieces[number]]
-        return digest([_FORMAT, spans, self.unit, self.text_field, self.vocabulary.fingerprint, self.held_out_share, self.unique])
+        """Return a digest of everything that decides the shards of a piece."""
+        spans = [
+            (span.file.path, span.file.size, span.file.version, span.start, span.stop)
+            for span in self.pieces[number]
+        ]
+        settings = (self.unit, self.text_field, self.vocabulary.fingerprint, self.held_out_share)
+        return digest([_FORMAT, spans, *settings, self.unique])
 
-    def finished_piece(self, number: int) -> dict[str, Any] | None:
-        """What was noted of a piece when it was done; None while it is not, or where it was made from something else."""
-        try:
-            found = json.loads((self.work / f"{number:06d}.json").read_text(encoding="utf-8"))
-            if found["key"] != self.key(number) or not (self.work / f"{number:06d}.npz").exists():
-                return None
-            shards = [shard for split in SPLITS for shard in found[split]]
-            whole = all(self.shard(shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return dict(found) if whole else None
+    def record_path(self, number: int) -> Path:
+        """Return the path of a piece's record: its key, shards and report."""
+        return self.work / f"{number:06d}.json"
 
-    def duplicates(self, number: int, split: str) -> Int64s:
-        """Those documents of a piece that are in the set already and are to be left out."""
-        path = self.work / f"{number:06d}-{split}.duplicates"
-        return np.sort(np.fromfile(path, "<u4").astype(np.int64)) if self.unique and path.exists() else np.zeros(0, np.int64)
+    def arrays_path(self, number: int) -> Path:
+        """Return the path of a piece's token counts, and fingerprints of its documents."""
+        return self.work / f"{number:06d}.npz"
 
-    def shard(self, name: str) -> Path:
-        """Where a piece's shard is: :func:`merge` moves them one by one."""
+    def duplicates_path(self, number: int, split: str) -> Path:
+        """Return the path of the list of a piece's duplicates."""
+        return self.work / f"{number:06d}-{split}.duplicates"
+
+    def shard_path(self, name: str) -> Path:
+        """Return the path of a piece's shard, which a merge moves to the folder above."""
         path = self.work / name
         return path if path.exists() else self.work.parent / name
 
+    def read_record(self, number: int) -> dict[str, Any] | None:
+        """Read the record of a piece; None if it is not finished, or was made from other input."""
+        try:
+            record = json.loads(self.record_path(number).read_text(encoding="utf-8"))
+            if record["key"] != self.key(number) or not self.arrays_path(number).exists():
+                return None
+            for split in SPLITS:
+                for shard in record[split]:
+                    if self.shard_path(shard["file"]).stat().st_size != shard["bytes"]:
+                        return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return dict(record)
 
-def count_tokens(tokens: npt.NDArray[Any], vocab_size: int) -> Int64s:
-    """How often each entry of the vocabulary occurs; in slices, since ``bincount`` makes eight bytes of every token."""
-    slices = (tokens[start : start + _COUNTED_AT_ONCE] for start in range(0, len(tokens), _COUNTED_AT_ONCE))
-    return sum((np.bincount(part, minlength=vocab_size) for part in slices), np.zeros(vocab_size, np.int64))
+    def read_arrays(self, number: int) -> dict[str, Any]:
+        """Read a piece's token counts, and fingerprints of its documents by split."""
+        with np.load(self.arrays_path(number), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def read_duplicates(self, number: int, split: str) -> Int64s:
+        """Read which documents of a piece are duplicates of earlier ones, in order."""
+        path = self.duplicates_path(number, split)
+        if not self.unique or not path.exists():
+            return np.zeros(0, np.int64)
+        return np.sort(np.fromfile(path, "<u4").astype(np.int64))
 
 
-def read_arrays(job: Job, number: int) -> Any:
-    with np.load(job.work / f"{number:06d}.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
+def count_tokens(tokens: TokenIds, vocab_size: int) -> Int64s:
+    """Count how often each entry of the vocabulary occurs, [vocab_size].
+
+    Slices are counted one by one, since ``bincount`` makes eight bytes of every token.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), _TOKENS_COUNTED_AT_ONCE):
+        part = tokens[start : start + _TOKENS_COUNTED_AT_ONCE]
+        counts += np.bincount(part, minlength=vocab_size)
+    return counts

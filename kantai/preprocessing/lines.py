@@ -1,7 +1,8 @@
-"""Which lines does a part of a file have, and what had to be repaired in them?"""
+"""Read the lines of a part of a file, and repair and count what is wrong in them."""
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import BinaryIO
 
@@ -9,26 +10,27 @@ from kantai.errors import UserError
 
 MAX_DOCUMENT_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 18  # the text of a block stays in the processor's cache
-_TAIL_BYTES = 1 << 16  # read at a time where only the rest of a line or paragraph is wanted
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Report:
-    """What was read. Reports of disjoint spans add up; ``dataclasses.asdict`` makes it JSON.
+    """Counts of what was read.
+
+    Reports of disjoint spans can be merged; ``dataclasses.asdict`` makes a report JSON.
 
     Attributes:
-        documents: given out.
-        characters: in those.
-        empty: empty or blank lines (of text cut into lines), files and records, left out.
-        empty_files: files of no byte.
-        replaced: documents in which something became U+FFFD, for either of the next two reasons.
+        documents: documents given out.
+        characters: characters in these documents.
+        empty: empty or blank lines (of text cut into lines), files and records, all left out.
+        empty_files: files of 0 bytes.
+        replaced: documents in which U+FFFD replaced something, for either of the next two reasons.
         invalid_utf8: documents with bytes that are not UTF-8, or with half a surrogate pair.
         nul: documents with NUL characters.
-        byte_order_marks: files that began with one.
+        byte_order_marks: files that began with a byte-order mark.
         windows_line_ends: lines that ended in ``\\r\\n``.
-        first: where each of the last six was first met, by its name.
+        first: the place where each of the last six was first met, by its name.
     """
 
     documents: int = 0
@@ -42,11 +44,11 @@ class Report:
     windows_line_ends: int = 0
     first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, other: "Report") -> None:
-        """Take in the report of what was read next."""
-        for name in (f.name for f in fields(self) if f.name != "first"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.first = other.first | self.first
+    def merge(self, following: "Report") -> None:
+        """Include the report of the span that was read next."""
+        for name in (counted.name for counted in fields(self) if counted.name != "first"):
+            setattr(self, name, getattr(self, name) + getattr(following, name))
+        self.first = following.first | self.first
 
     def count(self, name: str, place: str, times: int = 1) -> None:
         """Count something that has a place."""
@@ -54,43 +56,56 @@ class Report:
         self.first.setdefault(name, place)
 
     def count_repaired(self, defects: dict[str, str]) -> None:
-        """Count a document whose defects, and the places of these, are given."""
+        """Count a document with these defects, if any: from the kind of defect to its place."""
         for defect, place in defects.items():
             self.count(defect, place)
         if defects:
             self.count("replaced", next(iter(defects.values())))
 
     def notes(self) -> list[str]:
-        """A sentence for everything that somebody may want to put right."""
+        """Return a sentence for everything that a user may want to put right."""
         sentences = {
             "empty_files": "{} files are empty",
             "invalid_utf8": "{} documents had bytes that are not UTF-8, replaced by U+FFFD",
             "nul": "{} documents had NUL characters, replaced by U+FFFD",
         }
         return [
-            f"{sentence.format(f'{number:,}')} (first: {self.first[name]})"
+            f"{sentence.format(f'{getattr(self, name):,}')} (first: {self.first[name]})"
             for name, sentence in sentences.items()
-            if (number := getattr(self, name))
+            if getattr(self, name)
         ]
 
 
 @dataclass(slots=True)
 class Block:
-    """Some consecutive lines."""
+    """Some consecutive lines of a file.
+
+    Attributes:
+        path: the file's path.
+        raw: the lines as stored, with their line ends.
+        offset: the place of the first byte in the file's text.
+        number: the number of the first line, from 1; 0 if unknown.
+        inside: whether the lines begin inside the span that is read, or behind it.
+        lines: the text of the lines, repaired, without line ends.
+        defects: what had to be repaired in a line, by its index.
+    """
 
     path: str
-    raw: bytes  # as stored, with their ends
-    offset: int  # of the first byte
-    number: int  # of the first line, from 1; 0: not known
-    inside: bool  # before the first line that begins behind the span
-    lines: list[str]  # without their ends
-    defects: dict[int, tuple[str, ...]]  # of the lines that had to be repaired, by index
+    raw: bytes
+    offset: int
+    number: int
+    inside: bool
+    lines: list[str]
+    defects: dict[int, tuple[str, ...]]
 
     def defects_at(self, index: int) -> dict[str, str]:
-        """What was wrong with a line, and where it is."""
-        return dict.fromkeys(self.defects[index], self.place(index)) if index in self.defects else {}
+        """Return the defects of a line, each with its place."""
+        if index not in self.defects:
+            return {}
+        return dict.fromkeys(self.defects[index], self.place(index))
 
     def place(self, index: int) -> str:
+        """Return the place of a line for messages."""
         if self.number:
             return f"{self.path} line {self.number + index}"
         before = self.raw.split(b"\n")[:index]
@@ -98,31 +113,45 @@ class Block:
 
 
 def check_length(length: int, place: str) -> None:
+    """Refuse a document longer than 256 MiB."""
     if length > MAX_DOCUMENT_BYTES:
         raise UserError(f"{place}: a document longer than 256 MiB; is it text? break it into lines")
 
 
 def repaired(text: str | bytes) -> tuple[str, tuple[str, ...]]:
-    """Text as it may be given out, and what was wrong with it."""
+    """Return a text without half surrogate pairs, NULs and bytes that are not UTF-8.
+
+    Returns:
+        The text with U+FFFD in place of these, and the names of the defects found.
+    """
     defects: tuple[str, ...] = ()
     if isinstance(text, bytes):
         stored = text
         try:
             text = stored.decode()
         except UnicodeDecodeError:
-            text, defects = stored.decode(errors="replace"), ("invalid_utf8",)
+            text = stored.decode(errors="replace")
+            defects = ("invalid_utf8",)
     elif not text.isascii() and _HALF_PAIR.search(text):
-        text, defects = _HALF_PAIR.sub("\ufffd", text), ("invalid_utf8",)
+        text = _HALF_PAIR.sub("\ufffd", text)
+        defects = ("invalid_utf8",)
     if "\0" in text:
-        text, defects = text.replace("\0", "\ufffd"), (*defects, "nul")
+        text = text.replace("\0", "\ufffd")
+        defects = (*defects, "nul")
     return text, defects
 
 
-def read_lines(content: BinaryIO, path: str, start: int, stop: int | None, report: Report) -> Iterator[Block]:
-    """The lines that begin from byte ``start`` to before ``stop``, in blocks, and then those behind for as long as they are asked for.
+def read_lines(
+    content: BinaryIO, path: str, start: int, stop: int | None, report: Report
+) -> Iterator[Block]:
+    """Yield the lines that begin from byte ``start`` to before ``stop``, then the lines behind.
+
+    Lines behind are yielded for as long as the caller asks for them: a paragraph may end there.
+    If no line begins inside the span, nothing is yielded.
 
     Args:
-        content: opened at ``max(start - 1, 0)``: what is there tells whether a line begins at ``start``.
+        content: opened at ``max(start - 1, 0)``, since the byte before ``start`` tells whether a
+            line begins at ``start``.
         path: for messages.
         stop: None: the end of the content.
 
@@ -136,62 +165,117 @@ def read_lines(content: BinaryIO, path: str, start: int, stop: int | None, repor
             report.count("byte_order_marks", path)
             text = raw[len(_BYTE_ORDER_MARK) :]
         if b"\r" in raw:
-            if inside and (ends := raw.count(b"\r\n")):
-                report.count("windows_line_ends", path, ends)
+            windows_line_ends = raw.count(b"\r\n")
+            if inside and windows_line_ends:
+                report.count("windows_line_ends", path, windows_line_ends)
             text = text.replace(b"\r\n", b"\n")
-        text = text.removesuffix(b"\n")
-        defects = {}
-        try:
-            if b"\0" in text:
-                raise ValueError
-            lines = text.decode().split("\n")
-        except ValueError:  # also what invalid UTF-8 raises
-            pairs = [repaired(line) for line in text.split(b"\n")]
-            lines = [line for line, _ in pairs]
-            defects = {index: of_line for index, (_, of_line) in enumerate(pairs) if of_line}
+        lines, defects = _decoded(text.removesuffix(b"\n"))
         yield Block(path, raw, offset, number, inside, lines, defects)
         number += len(lines) if number else 0
 
 
-def _raw_blocks(content: BinaryIO, path: str, start: int, stop: int | None) -> Iterator[tuple[bytes, int, bool]]:
-    """Yield (whole lines, offset of their first byte, whether they begin before ``stop``).
+def _decoded(text: bytes) -> tuple[list[str], dict[int, tuple[str, ...]]]:
+    """Return lines as text, and the defects of those that had to be repaired, by index."""
+    if b"\0" not in text:
+        try:
+            return text.decode().split("\n"), {}
+        except UnicodeDecodeError:
+            pass
+    pairs = [repaired(line) for line in text.split(b"\n")]
+    lines = [line for line, _ in pairs]
+    return lines, {index: defects for index, (_, defects) in enumerate(pairs) if defects}
 
-    The last of these is the line whose end is the first at or after byte ``stop - 1``; the first begins behind the one whose end is the
-    first at or after ``start - 1``. A line too long is refused before it fills the memory.
+
+def _raw_blocks(
+    content: BinaryIO, path: str, start: int, stop: int | None
+) -> Iterator[tuple[bytes, int, bool]]:
+    """Yield (whole lines, offset of their first byte, whether they begin before ``stop``)."""
+    chunks = _chunks(content, path, max(start - 1, 0), stop)
+    begin = 0
+    if start:
+        begin, rest = _skip_partial_line(chunks, start - 1, stop)
+        chunks = itertools.chain([rest], chunks)
+    if stop is None:
+        for raw, offset in _whole_lines(chunks, path, begin):
+            yield raw, offset, True
+    elif begin < stop:
+        for raw, offset in _whole_lines(chunks, path, begin):
+            split = _bytes_inside(raw, offset, stop)
+            if split:
+                yield raw[:split], offset, True
+            if split < len(raw):
+                yield raw[split:], offset + split, False
+
+
+def _bytes_inside(raw: bytes, offset: int, stop: int) -> int:
+    """Return how many bytes of whole lines are lines that begin before ``stop``."""
+    if offset >= stop:
+        return 0
+    # The first line end at or after byte stop - 1 ends the last of these lines.
+    line_end = raw.find(b"\n", stop - 1 - offset)
+    return len(raw) if line_end < 0 else line_end + 1
+
+
+def _skip_partial_line(
+    chunks: Iterator[bytes], position: int, stop: int | None
+) -> tuple[int, bytes]:
+    """Read past the first line end at or after ``position``.
+
+    Returns:
+        The offset behind the line end, and what was read behind it. If there is no line end before
+        ``stop``, the offset is at least ``stop`` or the end of the content.
     """
-    position = begin = max(start - 1, 0)  # of what is read next, and of the next line
-    in_the_one_before, inside = start > 0, True
+    for chunk in chunks:
+        end = chunk.find(b"\n") + 1
+        if end:
+            return position + end, chunk[end:]
+        position += len(chunk)
+        if stop is not None and position >= stop:
+            break
+    return position, b""
+
+
+def _whole_lines(chunks: Iterable[bytes], path: str, begin: int) -> Iterator[tuple[bytes, int]]:
+    """Yield (whole lines, offset of their first byte); only the last line may lack its end.
+
+    A line that is too long is refused before it fills the memory.
+    """
     pending: list[bytes] = []
     length = 0  # of what is pending
-    while data := _read(content, path, position, None if stop is None else stop - 1 - position):
-        at_stop = inside and stop is not None and position >= stop - 1
-        position += len(data)
-        if in_the_one_before:
-            if at_stop:
-                return
-            if not (end := data.find(b"\n") + 1):
-                continue
-            in_the_one_before = False
-            begin, data = position - len(data) + end, data[end:]
-        end = (data.find(b"\n") if at_stop else data.rfind(b"\n")) + 1
+    for chunk in chunks:
+        end = chunk.rfind(b"\n") + 1
         if end:
-            raw = b"".join((*pending, data[:end]))
-            yield raw, begin, inside
+            raw = b"".join((*pending, chunk[:end]))
+            yield raw, begin
             begin += len(raw)
-            inside = inside and not at_stop
-            pending, length = [], 0
-        pending.append(data[end:])
-        length += len(data) - end
+            pending = []
+            length = 0
+        pending.append(chunk[end:])
+        length += len(chunk) - end
         check_length(length, f"{path} line at byte {begin}")
-    if raw := b"".join(pending):
-        yield raw, begin, inside
+    raw = b"".join(pending)
+    if raw:
+        yield raw, begin
 
 
-def _read(content: BinaryIO, path: str, position: int, left: int | None) -> bytes:
-    """A block that does not pass ``left`` bytes; None: there is no bound; 0 or less: only the end of a line is wanted."""
-    size = _BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left) if left > 0 else _TAIL_BYTES
-    try:
-        return content.read(size)
-    except Exception as error:  # each decompressor, file system and network has its own
-        reason = "it is damaged, cut off or out of reach"
-        raise UserError(f"{path} cannot be read beyond byte {position} of its text, {reason}: {error}") from None
+def _chunks(content: BinaryIO, path: str, position: int, stop: int | None) -> Iterator[bytes]:
+    """Yield the content from ``position``, where it was opened, in chunks of bounded size.
+
+    One chunk ends before byte ``stop - 1``: only a reader that asks for the end of the last line
+    reads further.
+    """
+    while True:
+        size = _BLOCK_BYTES
+        if stop is not None and position < stop - 1:
+            size = min(size, stop - 1 - position)
+        try:
+            chunk = content.read(size)
+        except Exception as error:  # each decompressor, file system and network raises its own
+            raise UserError(
+                f"{path} cannot be read beyond byte {position} of its text, "
+                f"it is damaged, cut off or out of reach: {error}"
+            ) from None
+        if not chunk:
+            return
+        yield chunk
+        position += len(chunk)

@@ -1,7 +1,9 @@
-"""How do texts become shards? Piece by piece, on all cores and nodes, going on after a kill, and to the same bytes however it is divided.
+"""Tokenize the pieces of a corpus, on all cores and nodes.
 
-What is in a piece depends on the input alone. Each leaves, in the hidden folder ``.OUTPUT.partial``, its shards and last of all a record of
-them; :func:`merge` puts the pieces together and publishes the folder when the records of all are there.
+A piece's shards depend on the input alone, so the result is the same however the work is divided.
+Each piece leaves its shards, and last its record, in the hidden folder ``.OUTPUT.partial``. A start
+after a kill makes only the pieces that have no record. :func:`kantai.preprocessing.merge.merge`
+publishes the folder once every piece has a record.
 """
 
 import hashlib
@@ -19,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from kantai.data.rng import Int64s, UInt64s
+from kantai.data.rng import Bools, Int64s, TokenIds, UInt64s
 from kantai.data.shards import SPLITS, ShardWriter, token_dtype
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents
@@ -30,35 +31,49 @@ from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens
 from kantai.preprocessing.lines import Report
 from kantai.storage.atomic import Damaged, read_manifest, replaced
 
-_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 4096
-_SECONDS_BETWEEN_LOOKS = 0.5
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 4096
+_PROGRESS_SECONDS = 0.5
 
 
 def tokenize(job: Job, *, part: int = 0, parts: int = 1, processes: int | None = None) -> None:
-    """Write those of the pieces ``part``, ``part + parts``, ... that are not done yet.
+    """Tokenize the pieces ``part``, ``part + parts``, ... that are not finished yet.
 
     Args:
-        processes: how many work at it; default: as many as there are cores.
+        part: the number of this part, from 0.
+        parts: how many parts the pieces are divided into.
+        processes: processes to run; default: one per core.
 
     Raises:
-        UserError: bad input; what other pieces had done is kept.
+        UserError: bad input; finished pieces are kept.
     """
     if not 0 < job.held_out_share < 1:
         raise UserError(f"--held_out {job.held_out_share} must lie between 0 and 1")
     if not 0 <= part < parts:
         raise UserError(f"--part {part} must be one of 0 to {parts - 1}, as --parts is {parts}")
-    if job.output.exists():
-        if _is_published(job.output):  # and a kill came before its pieces were tidied up; what else is there is not ours to remove
-            shutil.rmtree(job.output / job.work.name, ignore_errors=True)
-        raise UserError(f"{job.output} exists already; remove it or choose another output")
-    missing = [number for number in range(part, len(job.pieces), parts) if job.finished_piece(number) is None]
+    _refuse_output(job)
+    numbers = range(part, len(job.pieces), parts)
+    missing = [number for number in numbers if job.read_record(number) is None]
     job.work.mkdir(parents=True, exist_ok=True)
     try:
         _write_pieces(job, missing, processes or len(os.sched_getaffinity(0)))
     except BaseException:
         if parts == 1 and not any(job.work.glob("*.json")):
-            shutil.rmtree(job.work.parent)  # nothing to go on from
+            shutil.rmtree(job.work.parent)  # no piece is finished that a next start could use
         raise
+
+
+def _refuse_output(job: Job) -> None:
+    """Raise an error if the output exists.
+
+    A merge that was killed may have published it without removing its pieces; they are removed
+    here, but from no folder that a merge did not publish.
+    """
+    if not job.output.exists():
+        return
+    if _is_published(job.output):
+        shutil.rmtree(job.output / job.work.name, ignore_errors=True)
+    raise UserError(f"{job.output} exists already; remove it or choose another output")
 
 
 def _is_published(folder: Path) -> bool:
@@ -68,97 +83,147 @@ def _is_published(folder: Path) -> bool:
         return False
 
 
-class _Worker:
-    """Writes pieces, one after another."""
+class _PieceWriter:
+    """Tokenizes the documents of one piece, and writes its shards and its record."""
 
-    def __init__(self, job: Job, progress: Callable[[int], Any]) -> None:
-        self.job, self.progress, self.vocabulary = job, progress, job.vocabulary
+    def __init__(self, job: Job, number: int) -> None:
+        self._job = job
+        self._number = number
+        self._report = Report()
+        vocab_size = job.vocabulary.size
+        self._counts = np.zeros((len(SPLITS), vocab_size), np.int64)
+        self._dtype = token_dtype(vocab_size)
+        self._shards: dict[str, ShardWriter] = {}
+        self._fingerprints: dict[str, list[UInt64s]] = {}
+        for split in SPLITS:
+            self._shards[split] = ShardWriter(job.work / f"{split}-{number:06d}", self._dtype)
+            self._fingerprints[split] = [np.zeros((0, 2), np.uint64)]
 
-    def write(self, number: int) -> None:
-        """Write a piece's shards and, last, its record."""
-        job, report, dtype = self.job, Report(), token_dtype(self.vocabulary.size)
-        writers = {split: ShardWriter(job.work / f"{split}-{number:06d}", dtype) for split in SPLITS}
-        counts = np.zeros((2, self.vocabulary.size), np.int64)
-        fingerprints: dict[str, list[UInt64s]] = {split: [np.zeros((0, 2), np.uint64)] for split in SPLITS}
-        for texts in _batched(documents(job.pieces[number], job.unit, job.text_field, report)):
-            digests, size = _fingerprints(texts)
-            tokens, lengths = _ended(*self.vocabulary.encode(texts), eos_id=self.vocabulary.eos_id, dtype=dtype)
-            # A document's split depends on its text alone, so that the same text is never both trained on and held out.
-            held_out = digests[:, 0] * 2.0**-64 < job.held_out_share
-            of_token = np.repeat(held_out, lengths)
-            for row, split, these, of_these in ((0, TRAIN, ~held_out, ~of_token), (1, HELD_OUT, held_out, of_token)):
-                if these.any():
-                    of_split = tokens[of_these]
-                    writers[split].append(of_split, lengths[these])
-                    counts[row] += count_tokens(of_split, self.vocabulary.size)
-                    if job.unique:
-                        fingerprints[split].append(digests[these])
-            self.progress(size)
-        shards = {split: writers[split].finish() for split in SPLITS}
-        found_in = {split: np.concatenate(fingerprints[split]) for split in SPLITS}
-        with replaced(job.work / f"{number:06d}.npz") as path, path.open("wb") as file:
-            np.savez_compressed(file, counts=counts, train=found_in[TRAIN], held_out=found_in[HELD_OUT])
-        with replaced(job.work / f"{number:06d}.json") as path:
-            path.write_text(json.dumps({"key": job.key(number), **shards, "report": asdict(report)}), encoding="utf-8")
+    def tokenize(self, show_progress: Callable[[int], Any]) -> None:
+        """Write the shards, and last the record; pass on the bytes of text after each batch."""
+        job = self._job
+        texts = documents(job.pieces[self._number], job.unit, job.text_field, self._report)
+        for batch in _batched(texts):
+            show_progress(self._tokenize_batch(batch))
+        shards = {split: self._shards[split].finish() for split in SPLITS}
+        self._write_record(shards)
+
+    def _tokenize_batch(self, texts: list[str]) -> int:
+        """Tokenize documents, and return how many bytes of text they are."""
+        vocabulary = self._job.vocabulary
+        fingerprints, text_bytes = _fingerprints(texts)
+        ids, lengths = vocabulary.encode(texts)
+        tokens, lengths = _append_ends(ids, lengths, vocabulary.eos_id, self._dtype)
+        # A document's split depends on its text alone: no text is both trained on and held out.
+        is_held_out = fingerprints[:, 0] * 2.0**-64 < self._job.held_out_share
+        for split, chosen in ((TRAIN, ~is_held_out), (HELD_OUT, is_held_out)):
+            if chosen.any():
+                self._append(split, chosen, tokens, lengths, fingerprints)
+        return text_bytes
+
+    def _append(
+        self, split: str, chosen: Bools, tokens: TokenIds, lengths: Int64s, fingerprints: UInt64s
+    ) -> None:
+        """Append the chosen documents to a split."""
+        of_split = tokens[np.repeat(chosen, lengths)]
+        self._shards[split].append(of_split, lengths[chosen])
+        self._counts[SPLITS.index(split)] += count_tokens(of_split, self._job.vocabulary.size)
+        if self._job.unique:
+            self._fingerprints[split].append(fingerprints[chosen])
+
+    def _write_record(self, shards: dict[str, list[dict[str, Any]]]) -> None:
+        found = {split: np.concatenate(self._fingerprints[split]) for split in SPLITS}
+        with (
+            replaced(self._job.arrays_path(self._number)) as path,
+            path.open("wb") as file,
+        ):
+            np.savez_compressed(
+                file, counts=self._counts, train=found[TRAIN], held_out=found[HELD_OUT]
+            )
+        record = {"key": self._job.key(self._number), **shards, "report": asdict(self._report)}
+        with replaced(self._job.record_path(self._number)) as path:
+            path.write_text(json.dumps(record), encoding="utf-8")
 
 
-_worker: _Worker  # of this process
-
-
-def _write_pieces(job: Job, pieces: list[int], most_processes: int) -> None:
-    processes = max(1, min(most_processes, len(pieces)))
-    spans = [span for number in pieces for span in job.pieces[number]]
-    total = None if any(span.file.suffixes[1] for span in spans) else sum(span.stop - span.start for span in spans)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()) as bar:
+def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:
+    processes = max(1, min(max_processes, len(numbers)))
+    spans = [span for number in numbers for span in job.pieces[number]]
+    if any(span.file.suffixes[1] for span in spans):
+        total = None  # nobody knows how much text is in compressed files
+    else:
+        total = sum(span.stop - span.start for span in spans)
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="tokenizing",
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         if processes == 1:
-            worker = _Worker(job, bar.update)
-            for number in pieces:
-                worker.write(number)
+            for number in numbers:
+                _PieceWriter(job, number).tokenize(bar.update)
         else:
-            _in_processes(job, pieces, processes, max(1, most_processes // processes), bar)
+            threads = max(1, max_processes // processes)
+            _write_in_processes(job, numbers, processes, threads, bar)
 
 
-def _in_processes(job: Job, pieces: list[int], processes: int, threads: int, bar: "tqdm[Any]") -> None:
-    context = multiprocessing.get_context("spawn")  # a fork would take over whatever locks other threads hold
-    done = context.Value("q", 0)
-    os.environ |= {"TOKENIZERS_PARALLELISM": str(threads > 1).lower(), "RAYON_NUM_THREADS": str(threads)}
-    with ProcessPoolExecutor(processes, context, _start_worker, (job, done)) as pool:
+def _write_in_processes(
+    job: Job, numbers: list[int], processes: int, threads: int, bar: "tqdm[Any]"
+) -> None:
+    # A fork would inherit the locks that other threads hold.
+    context = multiprocessing.get_context("spawn")
+    done_bytes = context.Value("q", 0)
+    os.environ["TOKENIZERS_PARALLELISM"] = str(threads > 1).lower()
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    with ProcessPoolExecutor(processes, context, _start_process, (job, done_bytes)) as pool:
         try:
-            pending = {pool.submit(_write, number) for number in pieces}
+            pending = {pool.submit(_write_piece, number) for number in numbers}
             while pending:
-                finished, pending = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-                bar.update(done.value - bar.n)
+                finished, pending = wait(pending, _PROGRESS_SECONDS, FIRST_COMPLETED)
+                bar.update(done_bytes.value - bar.n)
                 for future in finished:
                     future.result()
         except BrokenProcessPool:
-            raise UserError("a process that tokenized was killed, perhaps for want of memory: lower --processes and run it again") from None
+            raise UserError(
+                "a tokenizing process was killed, perhaps because memory ran out: "
+                "lower --processes and run it again"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(job: Job, done: Any) -> None:
-    global _worker  # noqa: PLW0603 (what a pool's initializer makes can be kept nowhere else)
+# The state of a pool's process: only a global outlives the initializer. The job keeps its opened
+# tokenizer.
+_job: Job
+_done_bytes: Any
+
+
+def _start_process(job: Job, done_bytes: Any) -> None:
+    global _job, _done_bytes  # noqa: PLW0603
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job = job
+    _done_bytes = done_bytes
 
-    def progress(size: int) -> None:
-        with done.get_lock():
-            done.value += size
 
-    _worker = _Worker(job, progress)
+def _write_piece(number: int) -> None:
+    _PieceWriter(_job, number).tokenize(_show_progress)
+
+
+def _show_progress(text_bytes: int) -> None:
+    with _done_bytes.get_lock():
+        _done_bytes.value += text_bytes
 
 
 def _end_with_parent() -> None:
+    """End this process when its parent is gone, also when a kill took the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _write(number: int) -> None:
-    _worker.write(number)
-
-
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield consecutive texts in batches of a MiB of characters, or of 4,096 texts."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -166,22 +231,26 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
         characters += len(text)
         if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
 
 def _fingerprints(texts: list[str]) -> tuple[UInt64s, int]:
-    """128 bits that name each text, [texts, 2], and the bytes of all."""
-    content = [text.encode() for text in texts]
-    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in content)
-    return np.frombuffer(digests, "<u8").reshape(-1, 2), sum(map(len, content))
+    """Return 128 bits that name each text, [texts, 2], and the bytes of all texts."""
+    encoded = [text.encode() for text in texts]
+    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in encoded)
+    return np.frombuffer(digests, "<u8").reshape(-1, 2), sum(map(len, encoded))
 
 
-def _ended(ids: npt.NDArray[Any], lengths: Int64s, *, eos_id: int, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Int64s]:
-    """Documents' ids and lengths, with ``</s>`` behind each."""
+def _append_ends(
+    ids: TokenIds, lengths: Int64s, eos_id: int, dtype: np.dtype[Any]
+) -> tuple[TokenIds, Int64s]:
+    """Return the ids and lengths of documents with ``</s>`` behind each."""
     is_end = np.zeros(len(ids) + len(lengths), np.bool_)
     is_end[np.cumsum(lengths + 1) - 1] = True
     tokens = np.empty(len(is_end), dtype)
-    tokens[is_end], tokens[~is_end] = eos_id, ids
+    tokens[is_end] = eos_id
+    tokens[~is_end] = ids
     return tokens, lengths + 1

@@ -283,7 +283,6 @@ def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, b
     text = b"\xef\xbb\xbf" * mark + text or b" "
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.preprocessing.lines, "_BLOCK_BYTES", block)
-        patch.setattr(kantai.preprocessing.lines, "_TAIL_BYTES", block)
         patch.setattr("kantai.preprocessing.documents._MAX_REPAIRED", 1.0)
         (file,) = find_files([str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))])
         whole, parts = Report(), Report()

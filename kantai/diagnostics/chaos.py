@@ -258,11 +258,10 @@ def _corrupt_newest(store: CheckpointStore, tally: Tally, random_numbers: random
 
 
 def _count_detected(target: _Target, tally: Tally, store: CheckpointStore) -> None:
-    """Look whether the start has reported the corrupted checkpoint."""
+    """Count a corrupted checkpoint by whether the start has reported it."""
+    printed = target.log.read_text(encoding="utf-8", errors="replace")
     for step in list(tally.unseen):
-        is_reported = f"checkpoint {step} is damaged" in target.log.read_text(
-            encoding="utf-8", errors="replace"
-        )
+        is_reported = f"checkpoint {step} is damaged" in printed
         if not is_reported and _is_damaged(store.path(step)):
             continue  # the start was killed before it looked, and the next one will
         tally.unseen.remove(step)

@@ -1,6 +1,6 @@
 """Faults to inject into the running process, for chaos and for tests.
 
-Each is a context manager. It patches a class, so it must begin before the run does.
+Each is a context manager that patches a class. The code that it breaks knows nothing of it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -46,8 +46,8 @@ def loss_multiplied(
 def nan_loss_on_data(data_steps: Collection[int], rank: int) -> Iterator[None]:
     """Make one rank's loss NaN whenever it is shown the data of some steps.
 
-    A run that has skipped data shows it at other steps. So the batches are marked where they are
-    made, which is by the step that the data belongs to.
+    After a run has skipped data, it shows a step the data of a later one. So batches are marked
+    where they are made: Batches.micro_batch is told the step that the data belongs to.
     """
     real = Batches.micro_batch
 

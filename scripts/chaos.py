@@ -1,10 +1,10 @@
-"""Kill, starve and corrupt small runs on your own storage, again and again, and see that nothing is lost.
+"""Kill, starve and corrupt small runs on your own storage, and check that nothing is lost.
 
 python scripts/chaos.py --work /scratch/me/chaos
 
-Every run that has come through it must end with the weights, moments and losses of one that was left alone, to the last bit. It takes a
-quarter of an hour, and goes on where it was when it is started again. Exit code 1 when a run ended otherwise, or a corruption was
-not detected.
+Every disturbed run must end with the weights, moments and losses of an undisturbed run, to the
+last bit. The test takes a quarter of an hour. Started again, it goes on where it was. The exit
+code is 1 when a run ended otherwise, a corruption was not detected, or a start failed by itself.
 """
 
 import argparse
@@ -15,19 +15,27 @@ from kantai.errors import UserError, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for it, on the storage in question")
-    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs of all ranks or one (default 200)")
-    parser.add_argument("--corruptions", type=int, default=100, help="flipped bits, cut-off and missing files (default 100)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of a run (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is done when (default 0)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the runs, on the storage to test"
+    )
+    for name, default, meaning in (
+        ("--kills", 200, "SIGKILLs, of all ranks or of one"),
+        ("--corruptions", 100, "bits to flip, files to cut off or remove"),
+        ("--ranks", 2, "processes of a run"),
+        ("--seed", 0, "seed of the schedule"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default {default})")
     arguments = parser.parse_args()
     if min(arguments.kills, arguments.corruptions) < 0 or arguments.ranks < 1:
-        raise UserError("--kills and --corruptions must not be negative, and --ranks at least 1")
+        raise UserError("give --kills and --corruptions of at least 0, and --ranks of at least 1")
     from kantai.diagnostics.chaos import chaos
 
-    held = chaos(arguments.work.absolute(), arguments.kills, arguments.corruptions, arguments.ranks, arguments.seed)
-    sys.exit(0 if held else 1)
+    counts = (arguments.kills, arguments.corruptions, arguments.ranks)
+    is_clean = chaos(arguments.work.absolute(), *counts, arguments.seed)
+    sys.exit(0 if is_clean else 1)
 
 
 if __name__ == "__main__":

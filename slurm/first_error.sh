@@ -1,9 +1,10 @@
 #!/bin/bash
-# Find where a failure began: bash slurm/first_error.sh FOLDER. When a rank fails, the others fail in its wake, each with its own traceback,
-# so of the logs with an error in them, the one that was written to last longest ago is the one to read. Kept in 00-first-error.txt, too.
+# Show where a failure began: bash slurm/first_error.sh FOLDER. When a rank fails, the others fail
+# after it, each with its own traceback. So the rank whose log ended first has the cause. The
+# result also goes to FOLDER/00-first-error.txt.
 cd "$1" || exit 2
 mark='^Traceback \(most recent|^error: |^[A-Za-z.]*Error: |(srun|slurmstepd).*: error'
-for logs in rank-*.log '*.log'; do # a launcher's complaint counts where no rank has one
+for logs in rank-*.log '*.log'; do # launchers' errors count only if no rank has one
   # shellcheck disable=SC2086 # a pattern
   log=$(grep -lE "$mark" $logs 2>/dev/null | xargs -r ls -tr | head -n 1)
   [ -z "$log" ] || break

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from kantai.diagnostics.preflight import Facts, Folder, fatal_xids, judge, split
+from kantai.diagnostics.node import Facts, Folder
+from kantai.diagnostics.preflight import common_and_bad, judge
 
 NODES = ["n1", "n2", "n3"]
 DISK = Folder("/shared/runs", free_gib=100.0, mib_per_second=500.0)
@@ -30,12 +31,12 @@ def test_the_one_that_differs_is_named_and_told_why() -> None:
         ({"clock_seconds": -90.0}, "clock is -90.0 s off"),
         ({"run": replace(DISK, free_gib=9.0)}, "/shared/runs has less than 10.0 GiB free"),
         ({"scratch": replace(DISK, mib_per_second=1.0)}, "/shared/runs is slow"),
-        ({"sees": ["n3"]}, "/shared/runs is another folder there"),
+        ({"sees": ["n3"]}, "/shared/runs is a different folder on this node"),
         ({"reduce_gib_per_second": 100.0}, "slow GPU links"),
     ):
         wrong = with_third(**changes)
         assert wrong == {"n1": [], "n2": [], "n3": [why]}
-        assert split(GOOD, wrong) == ([], ["n3"])
+        assert common_and_bad(GOOD, wrong) == ([], ["n3"])
 
 
 def test_a_node_that_does_not_answer_is_bad() -> None:
@@ -58,21 +59,12 @@ def test_of_two_clocks_neither_is_to_blame() -> None:
 def test_what_all_nodes_lack_is_no_nodes_fault() -> None:
     found = [replace(facts, gpus_for_torch=0) for facts in GOOD]
     found[0] = replace(found[0], clock_seconds=90.0)
-    assert split(found, judge(found, NODES, need_gib=10.0)) == (["torch finds 0 of 8 GPUs"], ["n1"])
+    assert common_and_bad(found, judge(found, NODES, need_gib=10.0)) == (["torch finds 0 of 8 GPUs"], ["n1"])
 
 
 def test_a_full_run_directory_is_no_nodes_fault_even_where_there_is_one() -> None:
     alone = [replace(GOOD[0], run=replace(DISK, free_gib=9.0), gpu_errors=["GPU 3 has 2 memory errors"])]
     wrong = judge(alone, ["n1"], need_gib=10.0)
-    assert split(alone, wrong) == (["/shared/runs has less than 10.0 GiB free"], ["n1"])
+    assert common_and_bad(alone, wrong) == (["/shared/runs has less than 10.0 GiB free"], ["n1"])
     filling = [replace(facts, run=replace(DISK, free_gib=free)) for facts, free in zip(GOOD, (9.04, 9.06, 9.1), strict=True)]
-    assert split(filling, judge(filling, NODES, need_gib=10.0)) == (["/shared/runs has less than 10.0 GiB free"], [])
-
-
-def test_only_what_a_gpu_does_not_get_over_counts() -> None:
-    log = """
-    [  12.3] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
-    [  12.4] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
-    [  15.0] NVRM: Xid (PCI:0000:5e:00): 31, pid=4242, name=python, Ch 00000008, MMU Fault
-    """
-    assert fatal_xids(log) == ["XID 79 of GPU PCI:0000:3b:00"]
+    assert common_and_bad(filling, judge(filling, NODES, need_gib=10.0)) == (["/shared/runs has less than 10.0 GiB free"], [])

@@ -1,5 +1,6 @@
 """A program of scripts/ with a fault planted in the engine: tests/helpers/faults.py FAULT PROGRAM ARGUMENTS..."""
 
+import contextlib
 import runpy
 import sys
 import time
@@ -11,11 +12,13 @@ import torch
 
 from kantai.cluster.environment import RankInfo
 from kantai.data.batches import Batches
+from kantai.diagnostics.faults import loss_multiplied
 from kantai.distributed.backends import DeepSpeedZero, PyTorch
 from kantai.distributed.engine import Engine
 
 rank_info = RankInfo.from_environment()
 is_last = rank_info.rank == rank_info.world_size - 1
+installed = contextlib.ExitStack()  # until this process ends
 
 
 def mean_of_means() -> None:
@@ -125,16 +128,7 @@ def bad_gradient_and_stop() -> None:
 
 def exploding_loss() -> None:
     """One rank's loss is a thousand times what it is, at the 104th step."""
-    real = Engine.train_step
-
-    def exploding(self: Engine, step: int, *rest: Any) -> Any:
-        factor = 1000.0 if is_last and step == 103 else 1.0
-        hook = self.raw_model.register_forward_hook(lambda *call: (call[-1][0] * factor, call[-1][1]))
-        result = real(self, step, *rest)
-        hook.remove()
-        return result
-
-    Engine.train_step = exploding  # type: ignore[method-assign]
+    installed.enter_context(loss_multiplied(1000.0, lambda step, _: is_last and step == 103))
 
 
 def hanging_rank() -> None:

@@ -11,38 +11,27 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from kantai.checkpoint.store import CheckpointStore
 from kantai.cluster.environment import RankInfo
-from kantai.data.loader import MicroBatch
-from kantai.distributed.engine import Engine, StepResult
+from kantai.diagnostics.faults import loss_multiplied
+from kantai.distributed.engine import Engine
 from kantai.distributed.loss_scale import LossScale
 from kantai.optim import sharding
 
 ROOT = Path(__file__).parents[2]
 rank_info = RankInfo.from_environment()
-leave, step = Engine.leave, Engine.train_step
+leave = Engine.leave
 last: list[Engine] = []
 sharding._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
 
 
-def poisoned(calls: list[int]) -> Any:
+def poisoned(calls: list[int]) -> AbstractContextManager[None]:
     count = itertools.count()
-
-    def step_poisoned(self: Engine, number: int, micro_batches: Sequence[MicroBatch], *rest: Any) -> StepResult:
-        hooked = next(count) in calls and rank_info.rank == rank_info.world_size - 1
-        hook = (
-            self.raw_model.register_forward_hook(lambda *all_of_it: (all_of_it[-1][0] * float("nan"), all_of_it[-1][1])) if hooked else None
-        )
-        result = step(self, number, micro_batches, *rest)
-        if hook is not None:
-            hook.remove()
-        return result
-
-    return step_poisoned
+    is_last = rank_info.rank == rank_info.world_size - 1
+    return loss_multiplied(float("nan"), lambda *_: next(count) in calls and is_last)
 
 
 def copy(source: Path, until: int, target: Path) -> None:
@@ -67,12 +56,12 @@ def leave_open(self: Engine) -> None:
 
 Engine.leave = leave_open  # type: ignore[method-assign]
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    Engine.train_step = poisoned(job["poisoned"])  # type: ignore[method-assign]
     if job["source"] is not None:
         copy(Path(job["source"]), job["until"], Path(job["run_dir"]))
     sys.argv = ["pretrain.py", *job["arguments"], f"--run_dir={job['run_dir']}"]
     try:
-        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+        with poisoned(job["poisoned"]):
+            runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
     except SystemExit as stop:
         if stop.code:
             raise

@@ -123,7 +123,7 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     verdicts = dict(re.findall(r"^(n\d) .*GiB/s  (.*)$", printed, re.MULTILINE))
     (seconds,) = re.findall("^clock is (.*) s off$", verdicts.pop("n3"))
     assert float(seconds) == pytest.approx(-3600, abs=1), printed
-    assert verdicts.pop("n2") == f"{cluster.scratch}: No space left on device; {tmp_path} is another folder there", printed
+    assert verdicts.pop("n2") == f"{cluster.scratch}: No space left on device; {tmp_path} is a different folder on this node", printed
     lacks = "9000 MiB of GPU 0 are in use; 1 of 2 GPUs; GPU A100 of 81920 MiB, not H200 of 143771 MiB"
     assert verdicts == {"n1": "good", "n4": lacks}, printed
     assert (cluster.logs / f"pretrain-{job}" / "bad_nodes").read_text() == "n2\nn3\nn4\n"

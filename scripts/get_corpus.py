@@ -12,8 +12,15 @@ from kantai.storage.atomic import staged
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", choices=["auto", "kant", "python-docs"], default="auto", help="auto: kant, else python-docs (default)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--name",
+        choices=["auto", "kant", "python-docs"],
+        default="auto",
+        help="auto: kant, else python-docs (default)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args()
 

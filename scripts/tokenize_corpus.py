@@ -18,19 +18,36 @@ from kantai.preprocessing.tokenize import tokenize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_corpus_arguments(parser)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--held_out", type=float, default=0.01, help="share of the documents that is never trained on (default 0.01)")
-    parser.add_argument("--unique", action="store_true", help="of documents with exactly the same text, keep the first")
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        default=0.01,
+        help="share of the documents that is never trained on (default 0.01)",
+    )
+    parser.add_argument(
+        "--unique",
+        action="store_true",
+        help="of documents with exactly the same text, keep the first",
+    )
     parser.add_argument("--processes", type=int, help="processes at work (default: one a core)")
     parser.add_argument("--part", type=int, help="do only this part of the work, counted from 0")
     parser.add_argument("--parts", type=int, help="parts that the work is divided into")
-    parser.add_argument("--merge", action="store_true", help="put together what all parts have done")
+    parser.add_argument(
+        "--merge", action="store_true", help="put together what all parts have done"
+    )
     arguments = parser.parse_args()
 
-    if (arguments.part is None) != (arguments.parts is None) or (arguments.merge and arguments.part is not None):
+    if (arguments.part is None) != (arguments.parts is None) or (
+        arguments.merge and arguments.part is not None
+    ):
         raise UserError("give --part and --parts together, and --merge without them")
     found = pieces(find_files(arguments.input), arguments.document)
     source = {"input": arguments.input, "document": arguments.document}

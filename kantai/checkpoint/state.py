@@ -65,7 +65,8 @@ class Snapshot:
                 # Bits are compared, as NaN does not equal NaN.
                 if not torch.equal(read_back.view(torch.int32), tensor.view(torch.int32)):
                     raise OSError(
-                        f"{path} has another {name} than was written: the disk or the memory is faulty"
+                        f"{path} has another {name} than was written: the disk or the memory is "
+                        "faulty"
                     )
         return path.name, entry
 
@@ -129,7 +130,8 @@ class SavedState:
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise UserError(
-                    f"{self.checkpoint}: {name} has shape {list(self.shapes[name])}, the model's is {list(shape)}"
+                    f"{self.checkpoint}: {name} has shape {list(self.shapes[name])}, the model's "
+                    f"is {list(shape)}"
                 )
 
     def numbers(self, *names: str) -> dict[str, float]:
@@ -143,7 +145,8 @@ class SavedState:
             return {name: float(numbers[name]) for name in names}
         except (KeyError, TypeError, ValueError, ArithmeticError):
             raise UserError(
-                f"{self.checkpoint} lacks the numbers that a run goes on with: it is no checkpoint of kantai's"
+                f"{self.checkpoint} lacks the numbers that a run goes on with: it is no "
+                "checkpoint of kantai's"
             ) from None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -168,7 +171,7 @@ def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:
 
 
 def named_state(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight and moment, whole, by its name in a checkpoint. A collective under ZeRO."""
+    """Yield every weight and moment, whole, by its name. A collective under ZeRO."""
     for sharded in optimizer.layout.tensors:
         for key, tensor in (("", sharded.tensor), *optimizer.moments(sharded).items()):
             for part, whole in optimizer.layout.gather(sharded, tensor.detach()):

@@ -25,7 +25,7 @@ class CheckpointStore:
         self._attempt: Path | None = None
 
     def supersede(self) -> None:
-        """Begin an attempt. From here on, earlier ones can change nothing. For one process alone."""
+        """Begin an attempt; earlier ones can change nothing any more. For one process alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         while self._attempt is None:
             self._attempt = self._new_attempt()
@@ -141,7 +141,7 @@ class CheckpointStore:
                 (attempt / aside.name).rename(aside)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest ``keep`` checkpoints. Call it after :func:`verify` of the newest."""
+        """Remove all but the newest ``keep`` checkpoints. Verify the newest before."""
         with self._fenced() as attempt:
             for step in self.steps()[:-keep]:
                 # Renamed first: a kill during the removal must not leave a checkpoint with files

@@ -147,7 +147,7 @@ def type_in_words(annotation: Any) -> str:
 
 
 def schema(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (``a.b``, pydantic field) of all settings below a section, in the order of the schema."""
+    """Yield (``a.b``, pydantic field) of all settings below a section, in their order."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from schema(field.annotation, f"{prefix}{name}.")

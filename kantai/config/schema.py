@@ -153,7 +153,7 @@ class BatchConfig(Section):
     global_batch_size: Positive = Field(256, description="sequences a step, over all ranks")
     micro_batch_size: Positive = Field(
         32,
-        description="maximum number of sequences that a rank computes at once: what fits its memory",
+        description="most sequences that a rank computes at once: what fits its memory",
         json_schema_extra=MAY_CHANGE,
     )
 

@@ -116,9 +116,7 @@ class Data:
         )
         return self._batches(stages, masker)
 
-    def held_out_batches(
-        self, world_size: int = 1, rows: int | None = None
-    ) -> tuple[Batches, int]:
+    def held_out_batches(self, world_size: int = 1, rows: int | None = None) -> tuple[Batches, int]:
         """The held-out split in order, with masks that never change, and its number of steps.
 
         A share ``masking.ratio`` of single tokens is masked, whatever unit training masks: runs

@@ -396,7 +396,7 @@ def _compare_logits(subject: _Subject, state: Path, output: Path) -> float:
 
 @torch.no_grad()
 def _logits_of_export(config: Config, step: int, state: Path, output: Path, ids: Tensor) -> Tensor:
-    """Export the weights of a checkpoint. Returns the logits of the model that transformers loads."""
+    """Export the weights of a checkpoint, and return the logits of what transformers loads."""
     transformers.utils.logging.disable_progress_bar()
     data = open_data(config, hashes=False)
     model = _first_model(data)

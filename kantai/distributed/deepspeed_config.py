@@ -52,7 +52,8 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
     for section in ("bf16", "fp16"):
         if config.pop(section, {}).get("enabled") is True:
             raise UserError(
-                f"the DeepSpeed config enables {section}: leave that out; the run's training.precision decides"
+                f"the DeepSpeed config enables {section}: leave that out; the run's "
+                "training.precision decides"
             )
     zero = config["zero_optimization"]
     _refuse_unknown(config, _HARMLESS)
@@ -62,7 +63,8 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
         _refuse_unknown(offload, _HARMLESS_TO_OFFLOAD, f"zero_optimization.{part}.")
         if offload.get("device") == "nvme":
             raise UserError(
-                f"the DeepSpeed config has {part} on nvme, which kantai's checkpoints cannot read: use cpu or none"
+                f"the DeepSpeed config has {part} on nvme, which kantai's checkpoints cannot "
+                "read: use cpu or none"
             )
     config |= {
         "train_batch_size": "auto",
@@ -83,5 +85,6 @@ def complete(config: dict[str, Any], max_grad_norm: float) -> None:
 def _refuse_unknown(settings: dict[str, Any], harmless: set[str], prefix: str = "") -> None:
     for name in sorted(settings.keys() - harmless):
         raise UserError(
-            f"the DeepSpeed config sets {prefix}{name}, which is not known to leave the result as it is: leave that out"
+            f"the DeepSpeed config sets {prefix}{name}, which is not known to leave the result as "
+            "it is: leave that out"
         )

@@ -213,7 +213,7 @@ class Engine:
     def forget_compiled(self) -> None:
         """Compile anew for the sizes that follow.
 
-        After a change of sizes, PyTorch would compile for sizes that vary, which is slower for good.
+        Otherwise PyTorch would compile for sizes that vary, which is slower for good.
         """
         if self._compiles:
             torch.compiler.reset()
@@ -282,7 +282,8 @@ class Engine:
         if not has_majority:
             found = "differ in their weights, and none has most ranks on its side"
         raise UserError(
-            f"{', '.join(suspects)} {found}: a device may be faulty. Leave it out; the same command goes on from the last checkpoint"
+            f"{', '.join(suspects)} {found}: a device may be faulty. Leave it out; the same "
+            "command goes on from the last checkpoint"
         )
 
     def leave(self) -> None:
@@ -299,7 +300,7 @@ class Engine:
         self.backend.release()
 
     def matmul_flops_per_second(self, seconds: float = 0.3) -> float:
-        """Measure square matrix products in the run's precision, on all ranks at once; their sum."""
+        """Measure square matrix products in the run's precision, on all ranks at once."""
         on_gpu = self.device.type == "cuda"
         settle: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
         size = 8192 if on_gpu else 768

@@ -16,7 +16,7 @@ _VOCAB_MULTIPLE = 64  # matrix products like round sizes
 
 
 class _LastLayer(RobertaLayer):
-    """A last layer that is computed at masked positions alone, as nobody looks at its other outputs.
+    """A last layer that is computed at masked positions alone: its other outputs are not used.
 
     All tokens are still attended to. For 15 % masked it costs a third of a layer.
     """

@@ -88,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def steps(self) -> float:
-        """Steps that AdamW has taken, which its bias correction needs. Skipped ones do not count."""
+        """Steps that AdamW has taken, for its bias correction. Skipped ones do not count."""
         counts = (state["step"] for state in self.state.values() if "step" in state)
         return float(next(counts))
 

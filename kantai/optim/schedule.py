@@ -32,5 +32,6 @@ def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
     """
     if config.warmup_steps >= max_steps > 1:
         raise UserError(
-            f"optimizer.warmup_steps {config.warmup_steps} is not less than the run's {max_steps} steps; lower it"
+            f"optimizer.warmup_steps {config.warmup_steps} is not less than the run's {max_steps} "
+            "steps; lower it"
         )

@@ -17,8 +17,12 @@ import numpy.typing as npt
 from kantai.data import rng
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span
 
-_PARQUET_BYTES = 128 * MIB  # its row groups are reached one by one, but how large they are is written at its end
-_MIN_SHARE = 1 / 16  # of documents kept: to reach some at the end of a large compressed file, all of it would have to be read
+_PARQUET_BYTES = (
+    128 * MIB
+)  # its row groups are reached one by one, but how large they are is written at its end
+_MIN_SHARE = (
+    1 / 16
+)  # of documents kept: to reach some at the end of a large compressed file, all of it would have to be read
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,11 @@ class _Part:
         """The same with the bytes of its documents. What can be cut needs none: it is stored as it is read."""
         if self.splittable or self.measured:
             return self
-        return replace(self, text_bytes=sum(len(text.encode()) for text in documents((self.span,))), measured=True)
+        return replace(
+            self,
+            text_bytes=sum(len(text.encode()) for text in documents((self.span,))),
+            measured=True,
+        )
 
 
 def draw_samples(
@@ -94,12 +102,16 @@ def draw_samples(
         splittable: whether the parts of a file can be read alone.
     """
     parts = [part for file in files for part in _parts(file, splittable(file))]
-    if sum(part.text_bytes for part in parts) <= sample_bytes:  # by what is stored, of which there may be more text
+    if (
+        sum(part.text_bytes for part in parts) <= sample_bytes
+    ):  # by what is stored, of which there may be more text
         parts = [part.measure(documents) for part in parts]
     ends = np.cumsum([part.text_bytes for part in parts], dtype=np.float64)
     total = int(ends[-1])
     everything = tuple(part.span for part in parts)
-    again = Sample([Draw(everything, rng.fold(seed), 0, rest_bytes / max(total, rest_bytes))], rest_bytes)
+    again = Sample(
+        [Draw(everything, rng.fold(seed), 0, rest_bytes / max(total, rest_bytes))], rest_bytes
+    )
     if total <= sample_bytes:
         return Sample([Draw(everything, rng.fold(seed), 0, 1)], total), again
     chosen = set(_points(total, sample_bytes, rng.fold(seed, 0)))
@@ -117,7 +129,10 @@ def draw_samples(
 
 def _parts(file: File, splittable: bool) -> list[_Part]:
     if file.path.startswith(HUB):
-        return [_Part(Span(file, shard, shard + 1), file.text_bytes // file.size, False) for shard in range(file.size)]
+        return [
+            _Part(Span(file, shard, shard + 1), file.text_bytes // file.size, False)
+            for shard in range(file.size)
+        ]
     if not splittable or file.suffixes[0] != ".parquet":
         return [_Part(Span(file, 0, file.size), file.text_bytes, splittable)]
     starts = range(0, file.size, _PARQUET_BYTES)
@@ -133,13 +148,21 @@ def _points(total: int, wanted: int, key: rng.UInt64s) -> list[int]:
     return [int(mib) for mib in edges[:-1] + places.astype(np.int64)]
 
 
-def _overlaps(parts: list[_Part], ends: npt.NDArray[np.float64], chosen: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
+def _overlaps(
+    parts: list[_Part], ends: npt.NDArray[np.float64], chosen: Iterable[int]
+) -> dict[int, list[tuple[int, int]]]:
     """For every part that chosen MiBs of the corpus fall on: which of its bytes they are."""
     found: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for mib in sorted(chosen):
         index = int(np.searchsorted(ends, mib * MIB, side="right"))
-        while index < len(parts) and (begin := int(ends[index]) - parts[index].text_bytes) < (mib + 1) * MIB:
-            start, stop = max(mib * MIB - begin, 0), min((mib + 1) * MIB - begin, parts[index].text_bytes)
+        while (
+            index < len(parts)
+            and (begin := int(ends[index]) - parts[index].text_bytes) < (mib + 1) * MIB
+        ):
+            start, stop = (
+                max(mib * MIB - begin, 0),
+                min((mib + 1) * MIB - begin, parts[index].text_bytes),
+            )
             small = not parts[index].splittable and parts[index].text_bytes <= MIB
             if not small:
                 found[index].append((start, stop))
@@ -150,7 +173,11 @@ def _overlaps(parts: list[_Part], ends: npt.NDArray[np.float64], chosen: Iterabl
 
 
 def _draws(
-    parts: list[_Part], wanted: dict[int, list[tuple[int, int]]], taken: dict[int, float], seed: int, documents: Reader
+    parts: list[_Part],
+    wanted: dict[int, list[tuple[int, int]]],
+    taken: dict[int, float],
+    seed: int,
+    documents: Reader,
 ) -> list[Draw]:
     """What to read for the wanted bytes: of documents that are drawn, others than the shares that are taken already, which it adds to."""
     spans: list[Span] = []
@@ -168,12 +195,17 @@ def _draws(
         high = 1.0 if index in taken else share
         if low < high:
             taken.setdefault(index, high)
-            draws.append(Draw((parts[index].span,), rng.fold(seed, 2, index), low, high, most_bytes))
+            draws.append(
+                Draw((parts[index].span,), rng.fold(seed, 2, index), low, high, most_bytes)
+            )
     if spans:
         draws.insert(0, Draw(tuple(spans), rng.fold(seed, 3), 0, 1))
     return draws
 
 
 def _numbers(key: rng.UInt64s) -> Iterator[float]:
-    blocks = (rng.uniform(rng.bits(key, np.arange(start, start + 4096))).tolist() for start in itertools.count(0, 4096))
+    blocks = (
+        rng.uniform(rng.bits(key, np.arange(start, start + 4096))).tolist()
+        for start in itertools.count(0, 4096)
+    )
     return itertools.chain.from_iterable(blocks)

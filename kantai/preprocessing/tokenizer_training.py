@@ -17,7 +17,11 @@ _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the specials and all bytes
 _MAX_SAMPLE_BYTES = 4_000_000_000
 _WORD = re.compile(r"\w+")
 # How byte-level BPE writes the bytes 0x80 to 0xFF, of which characters outside of ASCII are made (GPT-2's table).
-_HIGH_BYTES = {character for character in pre_tokenizers.ByteLevel.alphabet() if 0xA1 <= ord(character) <= 0xFF or ord(character) > 0x121}
+_HIGH_BYTES = {
+    character
+    for character in pre_tokenizers.ByteLevel.alphabet()
+    if 0xA1 <= ord(character) <= 0xFF or ord(character) > 0x121
+}
 
 
 def check_numbers(vocab_size: int, min_frequency: int, sample_bytes: float = 0) -> None:
@@ -28,14 +32,22 @@ def check_numbers(vocab_size: int, min_frequency: int, sample_bytes: float = 0) 
             the library's 32-bit counts of pairs could overflow with ``sample_bytes`` of text (huggingface/tokenizers#1170).
     """
     if vocab_size < _MIN_VOCAB_SIZE:
-        raise UserError(f"--vocab_size {vocab_size} is too small: the special tokens and the 256 bytes alone are {_MIN_VOCAB_SIZE}")
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: the special tokens and the 256 bytes alone "
+            f"are {_MIN_VOCAB_SIZE}"
+        )
     if min_frequency < 1:
         raise UserError(f"--min_frequency {min_frequency} must be at least 1")
     if not 0 <= sample_bytes <= _MAX_SAMPLE_BYTES:
-        raise UserError(f"--sample_bytes {sample_bytes:g} must lie between 0 and {_MAX_SAMPLE_BYTES:g}: more text can overflow the counts")
+        raise UserError(
+            f"--sample_bytes {sample_bytes:g} must lie between 0 and {_MAX_SAMPLE_BYTES:g}: more "
+            "text can overflow the counts"
+        )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int, *, show_progress: bool = False) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, min_frequency: int, *, show_progress: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE with RoBERTa's special tokens as ids 0 to 4.
 
     The memory it takes grows with the different words of the texts, and so with a part of their size.
@@ -53,7 +65,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int, *
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     # <mask> takes the space before it, as in RoBERTa: "human <mask>" leaves no lone space token behind "human".
-    specials = [AddedToken(token, special=True, normalized=False, lstrip=token == "<mask>") for token in SPECIAL_TOKENS]
+    specials = [
+        AddedToken(token, special=True, normalized=False, lstrip=token == "<mask>")
+        for token in SPECIAL_TOKENS
+    ]
     tokenizer.train_from_iterator(
         itertools.chain.from_iterable(map(text_parts, texts)),
         BpeTrainer(
@@ -64,7 +79,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int, *
             show_progress=show_progress,
         ),
     )
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
     return tokenizer
 
 
@@ -91,7 +108,11 @@ def coverage(vocabulary: Vocabulary, texts: Iterable[str]) -> dict[str, float]:
     tokens_of_words = vocabulary.encode([f" {word}" for word in words])[1]
     whole = (np.fromiter(words.values(), np.int64) * (tokens_of_words == 1)).sum()
     tokens = max(1, int(counts.sum()))
-    high_bytes = [number for byte in _HIGH_BYTES if (number := vocabulary.tokenizer.token_to_id(byte)) is not None]
+    high_bytes = [
+        number
+        for byte in _HIGH_BYTES
+        if (number := vocabulary.tokenizer.token_to_id(byte)) is not None
+    ]
     return {
         "bytes": text_bytes,
         "bytes_per_token": text_bytes / tokens,

@@ -1,4 +1,4 @@
-"""Checkpoints without waiting for the disk: copied at once, written by a thread, published later."""
+"""Checkpoints that training does not wait for: copied at once, written by a thread."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,7 +88,8 @@ class Checkpointer:
         for rank, text in enumerate(errors):
             if text:
                 raise UserError(
-                    f"checkpoint {self.step} could not be written by rank {rank} ({text}); the one before is good"
+                    f"checkpoint {self.step} could not be written by rank {rank} ({text}); the "
+                    "one before is good"
                 )
         files = dict(self._engine.from_all(written.result()))
         self._engine.on_main(lambda: self._publish(files))

@@ -10,7 +10,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """A bar with loss, tokens a second and time left on a terminal; elsewhere a line now and then."""
+    """A bar with loss, tokens a second and time left; without a terminal, a line now and then."""
 
     def __init__(self, first_step: int, max_steps: int, *, show: bool) -> None:
         """Start.

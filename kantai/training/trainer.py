@@ -30,7 +30,7 @@ _SECONDS_FOR_THE_LAUNCHER = 60.0
 
 
 def train(run_dir: RunDir, rank_info: RankInfo) -> bool:
-    """Train from the newest valid checkpoint, or from scratch, until the end or until asked to stop.
+    """Train from the newest valid checkpoint, or from scratch, to the end or until asked to stop.
 
     Returns:
         Whether all steps are done.
@@ -258,7 +258,8 @@ class Trainer:
         self.publish()
         if done < self.max_steps:
             self.logger.say(
-                f"asked to stop ({self.stopping.reason()}): saved step {done} of {self.max_steps}; the same command goes on from there"
+                f"asked to stop ({self.stopping.reason()}): saved step {done} of "
+                f"{self.max_steps}; the same command goes on from there"
             )
         self.logger.finish()
         self.watchdog.stop()
@@ -291,7 +292,8 @@ class Trainer:
         back = self.run_dir.newest(set_aside=True)
         if back == 0:
             raise UserError(
-                "loss or gradient are no finite numbers, and no checkpoint was saved before: lower optimizer.learning_rate"
+                "loss or gradient are no finite numbers, and no checkpoint was saved before: "
+                "lower optimizer.learning_rate"
             )
         rollbacks = [from_step for from_step, _, _ in self.skipped_data.windows]
         if rollbacks.count(back) == _MAX_ROLLBACKS:

@@ -3,14 +3,16 @@
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar, text
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kantai.checkpoint.store import CheckpointStore
 from kantai.storage.json_lines import read_json_lines
@@ -52,11 +54,12 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             if math.isfinite(value):
-                self._tensorboard.log(step, scalar(name, value))
+                scalar = Summary.Value(tag=name, simple_value=value)
+                self._tensorboard.log(step, Summary(value=[scalar]))
 
     def log_text(self, step: int, name: str, markdown: str) -> None:
         """Log a text to TensorBoard."""
-        self._tensorboard.log(step, text(name, markdown))
+        self._tensorboard.log(step, text_pb(f"{name}/text_summary", markdown))
 
     def last(self, name: str, count: int) -> list[float]:
         """The last finite values of a metric, of steps that were not skipped, oldest first."""
@@ -83,14 +86,16 @@ class Metrics:
 class TensorBoard:
     """A file of events, which voids what earlier files say of later steps.
 
-    It is written at once. tensorboardX's own writer has a thread for that, and where the thread
+    It is written at once. TensorBoard's own writer has a thread for that, and where the thread
     fails, as on a full disk, its callers wait for ever.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("ab"))
         self._flushed_at = 0.0
+        self._append(Event(file_version="brain.Event:2"))
         session = SessionLog(status=SessionLog.START)
         self._append(Event(step=first_step, session_log=session))
 
@@ -100,16 +105,16 @@ class TensorBoard:
 
     def flush(self) -> None:
         """Hand everything to the system."""
-        self._file.flush()
+        self._records.flush()
         self._flushed_at = time.monotonic()
 
     def finish(self) -> None:
         """Flush, and log no more."""
-        self._file.close()
+        self._records.close()
 
     def _append(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._file.write_event(event)
+        self._records.write(event.SerializeToString())
         if time.monotonic() > self._flushed_at + _FLUSH_SECONDS:
             self.flush()
 

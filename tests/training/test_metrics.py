@@ -48,7 +48,6 @@ import resource
 from pathlib import Path
 from kantai.checkpoint.store import CheckpointStore
 from kantai.training.metrics import Metrics, TensorBoard
-from tensorboardX.summary import scalar
 
 run = Path({str(tmp_path)!r})
 store = CheckpointStore(run)

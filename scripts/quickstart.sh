@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From raw text to a model that fills in masks, in minutes: corpus, tokenizer, shards, training, evaluation, export, predictions.
-#   bash scripts/quickstart.sh                  Kant, or where there is no network, Python's documentation
+# From raw text to a model that fills in masks, in minutes: corpus, tokenizer, shards, training,
+# evaluation, export, predictions.
+#   bash scripts/quickstart.sh                  Kant, or Python's documentation without a network
 #   bash scripts/quickstart.sh --corpus FILE    your own text
 # Settings of configs/quickstart.yaml may follow: --training.max_steps=4000
 # Finished stages are skipped when it runs again; an interrupted one goes on.
@@ -9,11 +10,18 @@ set -euo pipefail
 corpus= overrides=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --corpus) [ -f "${2-}" ] || { echo "error: no file at '${2-}': give --corpus a text, .jsonl, .csv or .parquet file" >&2; exit 2; }
-              corpus=$(realpath "$2"); shift 2 ;;
+    --corpus)
+      [ -f "${2-}" ] || {
+        echo "error: no file at '${2-}': give --corpus a text, .jsonl, .csv or .parquet file" >&2
+        exit 2
+      }
+      corpus=$(realpath "$2")
+      shift 2 ;;
     --*.*=*) overrides+=("$1"); shift ;;
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "error: cannot read the argument '$1'; see bash scripts/quickstart.sh --help" >&2; exit 2 ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *)
+      echo "error: cannot read the argument '$1'; see bash scripts/quickstart.sh --help" >&2
+      exit 2 ;;
   esac
 done
 cd "$(dirname "$0")/.."
@@ -24,35 +32,45 @@ if [ -n "$corpus" ]; then
   work=runs/quickstart-${name%.*}-$(cksum < "$corpus" | cut -d' ' -f1)
 else
   work=runs/quickstart
-  [ -e $work/corpus ] || python scripts/get_corpus.py --output $work/corpus # Kant once, or what every Python carries
+  # Kant's books from the web, or English prose that every Python carries.
+  [ -e $work/corpus ] || python scripts/get_corpus.py --output $work/corpus
   corpus=$work/corpus/corpus.txt
 fi
 case "$corpus" in
-  *.json | *.json.* | *.jsonl | *.jsonl.* | *.ndjson | *.ndjson.* | *.csv | *.csv.* | *.parquet) document=record ;;
+  *.json | *.json.* | *.jsonl | *.jsonl.* | *.ndjson | *.ndjson.* | *.csv | *.csv.* | *.parquet)
+    document=record ;;
   *.gz | *.xz | *.zst) document=paragraph ;;
   *) if grep -qE '^[[:space:]]*$' "$corpus"; then document=paragraph; else document=line; fi ;;
 esac
 
 echo "== tokenizer"
-[ -e "$work/tokenizer" ] || python scripts/train_tokenizer.py --input "$corpus" --output "$work/tokenizer" --vocab_size 4096 --document $document
+[ -e "$work/tokenizer" ] || python scripts/train_tokenizer.py --input "$corpus" \
+  --output "$work/tokenizer" --vocab_size 4096 --document $document
 echo "== shards"
-[ -e "$work/shards" ] || python scripts/tokenize_corpus.py --input "$corpus" --tokenizer "$work/tokenizer" --output "$work/shards" --document $document --held_out 0.1
+[ -e "$work/shards" ] || python scripts/tokenize_corpus.py --input "$corpus" \
+  --tokenizer "$work/tokenizer" --output "$work/shards" --document $document --held_out 0.1
 
 echo "== training"
-settings=(--config configs/quickstart.yaml --run_dir="$work/run" --data.shards="$work/shards" --data.tokenizer="$work/tokenizer")
+settings=(--config configs/quickstart.yaml --run_dir="$work/run"
+  --data.shards="$work/shards" --data.tokenizer="$work/tokenizer")
 [ ! -e "$work/corpus" ] || settings+=(--evaluation.prompts="$(cat "$work/corpus/prompts.json")")
 settings+=("${overrides[@]}")
 gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-if [ "$gpus" -gt 0 ]; then launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$gpus")
-else launch=(--config_file configs/accelerate/cpu.yaml); export DS_ACCELERATOR=cpu; fi # or DeepSpeed warns that it found no GPU
+if [ "$gpus" -gt 0 ]; then
+  launch=(--config_file configs/accelerate/ddp.yaml --num_processes "$gpus")
+else
+  launch=(--config_file configs/accelerate/cpu.yaml)
+  export DS_ACCELERATOR=cpu # or DeepSpeed warns that it found no GPU
+fi
 if [ ! -e "$work/model" ]; then
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > 2 ? $(nproc) / 2 : 1))} # or two ranks fight over the cores
-  python scripts/pretrain.py "${settings[@]}" --check # what is wrong with the input is said here, before any rank starts
+  # Without it, two ranks fight over the cores.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > 2 ? $(nproc) / 2 : 1))}
+  python scripts/pretrain.py "${settings[@]}" --check # bad input is named before any rank starts
   accelerate launch "${launch[@]}" scripts/pretrain.py "${settings[@]}"
 fi
 
 echo "== evaluation"
-once() { # FILE COMMAND...: what a command printed, from the file when it ran before
+once() { # FILE COMMAND...: print a command's output; from the file where it ran before
   if [ ! -e "$1" ]; then "${@:2}" > "$1.partial" && mv "$1.partial" "$1"; fi
   cat "$1"
 }
@@ -60,7 +78,8 @@ once "$work/evaluation.txt" python scripts/evaluate.py "$work/run"
 echo "== export"
 [ -e "$work/model" ] || python scripts/export.py "$work/run" --output "$work/model"
 echo "== predictions"
-once "$work/predictions.txt" python scripts/fill_mask.py "./$work/model" --prompts "$work/run/prompts.txt"
+once "$work/predictions.txt" \
+  python scripts/fill_mask.py "./$work/model" --prompts "$work/run/prompts.txt"
 
 cat <<EOF
 

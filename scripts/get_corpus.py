@@ -1,4 +1,4 @@
-"""Get a text to start with: Kant in English, or where there is no network, the prose in Python's own documentation.
+"""Get a starter corpus: Kant in English, or without a network the prose in Python's own library.
 
 python scripts/get_corpus.py --output corpus
 """
@@ -19,14 +19,14 @@ def main() -> None:
         "--name",
         choices=["auto", "kant", "python-docs"],
         default="auto",
-        help="auto: kant, else python-docs (default)",
+        help="which corpus; auto is kant if it can be fetched, else python-docs (default auto)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the corpus")
     arguments = parser.parse_args()
 
     with staged(arguments.output, kind="corpus") as folder:
-        said = write_starter(folder, arguments.name)
-    print(said)
+        message = write_starter(folder, arguments.name)
+    print(message)
 
 
 if __name__ == "__main__":

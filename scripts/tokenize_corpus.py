@@ -1,9 +1,12 @@
-"""Tokenize a corpus into shards, with a training and a held-out split. Killed, it goes on where it was when it is started again.
+"""Tokenize a corpus into shards of a training and a held-out split.
 
-python scripts/tokenize_corpus.py --input corpus.txt --tokenizer tokenizer --output shards --document paragraph
+python scripts/tokenize_corpus.py --input corpus.txt --tokenizer tokenizer --output shards \\
+    --document paragraph
 
-In a SLURM array each task does a part, with --part $SLURM_ARRAY_TASK_ID --parts $SLURM_ARRAY_TASK_COUNT, and a last job the --merge;
-all other arguments are the same.
+Run the same command again after a kill, and it continues where it was.
+
+In a SLURM array, give each task --part $SLURM_ARRAY_TASK_ID --parts $SLURM_ARRAY_TASK_COUNT, and a
+last job --merge. All other arguments stay the same.
 """
 
 import argparse
@@ -18,6 +21,30 @@ from kantai.preprocessing.tokenize import tokenize
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    is_part = arguments.part is not None
+    if is_part != (arguments.parts is not None) or (arguments.merge and is_part):
+        raise UserError("give --part and --parts together, and --merge without them")
+    job = Job(
+        pieces(find_files(arguments.input), arguments.document),
+        arguments.document,
+        arguments.text_field,
+        arguments.tokenizer,
+        arguments.output,
+        source={"input": arguments.input, "document": arguments.document},
+        held_out_share=arguments.held_out,
+        unique=arguments.unique,
+    )
+    if is_part:
+        tokenize(job, part=arguments.part, parts=arguments.parts, processes=arguments.processes)
+        return
+    if not arguments.merge:
+        tokenize(job, processes=arguments.processes)
+    for line in describe(merge(job)):
+        print(line)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder written by train_tokenizer.py"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the shards")
     parser.add_argument(
         "--held_out",
         type=float,
@@ -35,29 +62,13 @@ def main() -> None:
     parser.add_argument(
         "--unique",
         action="store_true",
-        help="of documents with exactly the same text, keep the first",
+        help="deduplicate: keep only the first of the documents with exactly the same text",
     )
-    parser.add_argument("--processes", type=int, help="processes at work (default: one a core)")
+    parser.add_argument("--processes", type=int, help="processes to run (default: one per core)")
     parser.add_argument("--part", type=int, help="do only this part of the work, counted from 0")
-    parser.add_argument("--parts", type=int, help="parts that the work is divided into")
-    parser.add_argument(
-        "--merge", action="store_true", help="put together what all parts have done"
-    )
-    arguments = parser.parse_args()
-
-    if (arguments.part is None) != (arguments.parts is None) or (
-        arguments.merge and arguments.part is not None
-    ):
-        raise UserError("give --part and --parts together, and --merge without them")
-    found = pieces(find_files(arguments.input), arguments.document)
-    source = {"input": arguments.input, "document": arguments.document}
-    how = arguments.document, arguments.text_field, arguments.tokenizer, arguments.output
-    job = Job(found, *how, source, held_out_share=arguments.held_out, unique=arguments.unique)
-    if not arguments.merge:
-        part, parts = arguments.part or 0, 1 if arguments.parts is None else arguments.parts
-        tokenize(job, part=part, parts=parts, processes=arguments.processes)
-    if arguments.part is None:
-        print(*describe(merge(job)), sep="\n")
+    parser.add_argument("--parts", type=int, help="number of parts that the work is divided into")
+    parser.add_argument("--merge", action="store_true", help="merge the parts, once all are done")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer for RoBERTa.
 
-python scripts/train_tokenizer.py --input corpus.txt --output tokenizer --vocab_size 52000 --min_frequency 2
+python scripts/train_tokenizer.py --input corpus.txt --output tokenizer --vocab_size 52000
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from kantai.data.tokenizer import load_tokenizer, save_tokenizer
+from kantai.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer
 from kantai.errors import UserError, run_command
 from kantai.preprocessing.documents import (
     add_corpus_arguments,
@@ -20,36 +20,15 @@ from kantai.preprocessing.documents import (
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.sampling import draw_samples
-from kantai.preprocessing.tokenizer_training import check_numbers, coverage, train_tokenizer
+from kantai.preprocessing.tokenizer_training import check_settings, coverage, train_tokenizer
 from kantai.storage.atomic import staged
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_corpus_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument(
-        "--vocab_size", type=int, default=52_000, help="most entries (default 52000)"
-    )
-    parser.add_argument(
-        "--min_frequency",
-        type=int,
-        default=2,
-        help="occurrences that make a pair an entry (default 2)",
-    )
-    parser.add_argument(
-        "--sample_bytes",
-        type=float,
-        default=1e9,
-        help="text to train on, drawn from all of the input (default 1e9)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
-    arguments = parser.parse_args()
-    check_numbers(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
-    unit, report = arguments.document, Report()
-    read = partial(documents, unit=unit, text_field=arguments.text_field)
+    arguments = parse_arguments()
+    check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
+    report = Report()
+    read = partial(documents, unit=arguments.document, text_field=arguments.text_field)
     with staged(arguments.output, kind="tokenizer") as folder:
         files = find_files(arguments.input)
         sample, rest = draw_samples(
@@ -57,48 +36,76 @@ def main() -> None:
             int(arguments.sample_bytes),
             arguments.seed,
             read,
-            splittable=partial(splittable, unit=unit),
+            splittable=partial(splittable, unit=arguments.document),
         )
-        texts = with_progress_bar(
-            sample.read(partial(read, report=report)), sample.expected_bytes, "reading"
-        )
-        save_tokenizer(
-            train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency), folder
-        )
+        texts = sample.read(partial(read, report=report))
+        texts = with_progress_bar(texts, sample.expected_bytes, "reading")
+        tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
+        save_tokenizer(tokenizer, folder)
         vocabulary = load_tokenizer(folder)
-        if vocabulary.size == 261:
+        if vocabulary.size == len(SPECIAL_TOKENS) + 256:
             raise UserError(
-                "the corpus filled no entry beyond the single bytes: bring more text, or lower "
-                "--min_frequency"
+                "the corpus filled no entry beyond the single bytes: "
+                "bring more text, or lower --min_frequency"
             )
         fit = coverage(vocabulary, rest.read(read))
-        sizes = {
-            "corpus_bytes": sum(file.text_bytes for file in files),
+        corpus_bytes = sum(file.text_bytes for file in files)
+        content = {
+            "corpus_bytes": corpus_bytes,
             "corpus_files": len(files),
             "sample_bytes": sample.bytes,
-        }
-        content = {
-            **sizes,
             "sample_files": sample.files,
             "seed": arguments.seed,
             "coverage": fit,
             "read": dataclasses.asdict(report),
         }
-        (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1) + "\n"
+        (folder / "report.json").write_text(text, encoding="utf-8")
+    for note in report.notes():
+        print(note)
+    entries = f"{vocabulary.size:,} of {arguments.vocab_size:,} entries"
+    print(f"{arguments.output}: the corpus filled {entries}")
     print(
-        *report.notes(),
-        f"{arguments.output}: the corpus filled {vocabulary.size:,} of {arguments.vocab_size:,} "
-        "entries",
-        sep="\n",
-    )
-    print(
-        f"trained on {sample.bytes:,} of about {sizes['corpus_bytes']:,} bytes, in "
-        f"{sample.files:,} of {len(files):,} files"
+        f"trained on {sample.bytes:,} of about {corpus_bytes:,} bytes, "
+        f"in {sample.files:,} of {len(files):,} files"
     )
     print(
         f"{fit['bytes_per_token']:.2f} bytes and {fit['words_per_token']:.2f} words a token, "
         f"{fit['one_token_words']:.0%} of words whole"
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_corpus_arguments(parser)
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the tokenizer")
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=52_000,
+        help="maximum number of entries (default 52000)",
+    )
+    parser.add_argument(
+        "--min_frequency",
+        type=int,
+        default=2,
+        help="how often a pair must occur to become an entry (default 2)",
+    )
+    parser.add_argument(
+        "--sample_bytes",
+        type=float,
+        default=1e9,
+        help="bytes of text to train on, drawn from all of the input (default 1e9)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the sample (default 0)",
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

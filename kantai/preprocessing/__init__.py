@@ -1,1 +1,1 @@
-"""How text becomes a tokenizer and shards: done once, before training."""
+"""From text to a tokenizer and shards, done once before training."""

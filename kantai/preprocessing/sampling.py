@@ -1,47 +1,63 @@
-"""Which part of a corpus stands for the whole? A seeded sample, every part of the corpus in it in proportion to its size.
+"""Draw a seeded sample of a corpus that holds every part of it in proportion to its size.
 
-The bytes of the corpus, one file behind the other, are divided into as many equal strata as the sample is to have MiB, and the MiB
-around one random point of each is taken: systematic sampling proportional to size. Of what can only be read from its beginning,
-documents are drawn one by one instead, from all of it. How many bytes they make together is known only to who has read them, since
-compressed text may be any number of times what is stored: so such a part is read twice, first to measure it and then to draw from it.
+The corpus is its files, one behind the other. It is divided into as many equal strata as the sample
+is to have MiB, and one random MiB of each stratum is drawn: systematic sampling in proportion to
+size.
+
+Files that can only be read from their beginning (compressed text, CSV, row groups of Parquet, data
+sets of the Hub) give documents instead, drawn one by one from the whole file, as many bytes as MiBs
+were drawn from it. Compressed text may be any number of times its stored size, so that only reading
+it tells how many bytes of documents it has. Such a file is read twice: to measure it, and to draw.
 """
 
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from kantai.data import rng
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span
 
-_PARQUET_BYTES = (
-    128 * MIB
-)  # its row groups are reached one by one, but how large they are is written at its end
-_MIN_SHARE = (
-    1 / 16
-)  # of documents kept: to reach some at the end of a large compressed file, all of it would have to be read
+_PARQUET_BYTES = 128 * MIB  # row groups are reached one by one; their sizes are at the file's end
+# The minimum share of a file's documents that is drawn. A smaller share of a large compressed file
+# would be drawn by reading all of it; its beginning is enough for that.
+_MIN_SHARE = 1 / 16
+_NUMBERS_AT_ONCE = 4096
+
+Reader = Callable[[Piece], Iterator[str]]  # yields the documents of a piece
+_Range = tuple[int, int]  # bytes from the first to before the second
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The documents of a piece whose random numbers lie from ``low`` to below ``high``, until they are ``most_bytes``."""
+    """The documents of a piece whose random number is at least ``low`` and below ``high``.
+
+    Attributes:
+        piece: the spans to read.
+        key: of the random numbers, one a document.
+        low: the lower bound.
+        high: the upper bound.
+        max_bytes: drawing ends once the documents have this many bytes.
+    """
 
     piece: Piece
     key: rng.UInt64s
     low: float
     high: float
-    most_bytes: float = np.inf
-
-
-Reader = Callable[[Piece], Iterator[str]]  # gives the documents of a piece
+    max_bytes: float = np.inf
 
 
 @dataclass
 class Sample:
-    """What is drawn of a corpus, about how many bytes of UTF-8 that will be, and how many it was once it has been read."""
+    """A part of the documents of a corpus.
+
+    Attributes:
+        draws: what to read.
+        expected_bytes: an estimate of the bytes of UTF-8.
+        bytes: the bytes that were read so far.
+    """
 
     draws: list[Draw]
     expected_bytes: int
@@ -49,7 +65,7 @@ class Sample:
 
     @property
     def files(self) -> int:
-        """How many files are touched."""
+        """How many files the sample is from."""
         return len({span.file.path for draw in self.draws for span in draw.piece})
 
     def read(self, documents: Reader) -> Iterator[str]:
@@ -60,28 +76,8 @@ class Sample:
                 if draw.low <= number < draw.high:
                     self.bytes += len(text.encode())
                     yield text
-                    if self.bytes - before >= draw.most_bytes:
+                    if self.bytes - before >= draw.max_bytes:
                         break
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What is sampled alone."""
-
-    span: Span
-    text_bytes: int  # about, until it is measured
-    splittable: bool
-    measured: bool = False
-
-    def measure(self, documents: Reader) -> "_Part":
-        """The same with the bytes of its documents. What can be cut needs none: it is stored as it is read."""
-        if self.splittable or self.measured:
-            return self
-        return replace(
-            self,
-            text_bytes=sum(len(text.encode()) for text in documents((self.span,))),
-            measured=True,
-        )
 
 
 def draw_samples(
@@ -93,46 +89,72 @@ def draw_samples(
     splittable: Callable[[File], bool],
     rest_bytes: int = 10_000_000,
 ) -> tuple[Sample, Sample]:
-    """A sample of about ``sample_bytes``, and one of about ``rest_bytes`` that shares no document with it.
+    """Draw a sample of about ``sample_bytes``, and one of ``rest_bytes`` without its documents.
 
-    If the corpus has no more than ``sample_bytes``, all of it is the first, and the second is from the same text.
+    If the corpus has no more than ``sample_bytes``, the first sample is all of it, and the second
+    is drawn from the same documents.
 
     Args:
-        documents: measures what cannot be cut.
-        splittable: whether the parts of a file can be read alone.
+        files: the corpus.
+        sample_bytes: size of the first sample.
+        seed: another seed draws other documents.
+        documents: reads a piece; used to measure files that cannot be split.
+        splittable: whether parts of a file can be read alone.
+        rest_bytes: size of the second sample.
     """
     parts = [part for file in files for part in _parts(file, splittable(file))]
-    if (
-        sum(part.text_bytes for part in parts) <= sample_bytes
-    ):  # by what is stored, of which there may be more text
-        parts = [part.measure(documents) for part in parts]
-    ends = np.cumsum([part.text_bytes for part in parts], dtype=np.float64)
-    total = int(ends[-1])
+    if sum(part.text_bytes for part in parts) <= sample_bytes:
+        # The stored bytes fit, but there may be more text in them.
+        for part in parts:
+            part.measure(documents)
+    corpus = _Corpus(parts, seed, documents)
     everything = tuple(part.span for part in parts)
-    again = Sample(
-        [Draw(everything, rng.fold(seed), 0, rest_bytes / max(total, rest_bytes))], rest_bytes
-    )
-    if total <= sample_bytes:
-        return Sample([Draw(everything, rng.fold(seed), 0, 1)], total), again
-    chosen = set(_points(total, sample_bytes, rng.fold(seed, 0)))
-    sample = _overlaps(parts, ends, chosen)
-    others = set()
-    for mib in _points(total, rest_bytes, rng.fold(seed, 1)):
-        free = next((other for other in itertools.count(mib) if other not in chosen), mib)
-        if free * MIB < total:
-            others.add(free)
-    rest = _overlaps(parts, ends, others)
-    taken: dict[int, float] = {}
-    drawn = Sample(_draws(parts, sample, taken, seed, documents), sample_bytes)
-    return drawn, Sample(_draws(parts, rest, taken, seed, documents), rest_bytes) if rest else again
+    share = rest_bytes / max(corpus.total_bytes, rest_bytes)
+    rest_of_all = Sample([Draw(everything, rng.fold(seed), 0, share)], rest_bytes)
+    if corpus.total_bytes <= sample_bytes:
+        return Sample([Draw(everything, rng.fold(seed), 0, 1)], corpus.total_bytes), rest_of_all
+
+    sample_mibs = set(_one_mib_a_stratum(corpus.total_bytes, sample_bytes, rng.fold(seed, 0)))
+    rest_mibs = set()
+    for mib in _one_mib_a_stratum(corpus.total_bytes, rest_bytes, rng.fold(seed, 1)):
+        free = next((other for other in itertools.count(mib) if other not in sample_mibs), mib)
+        if free * MIB < corpus.total_bytes:
+            rest_mibs.add(free)
+    sample_ranges = corpus.ranges(sample_mibs)
+    rest_ranges = corpus.ranges(rest_mibs)
+    sample = Sample(corpus.draw(sample_ranges), sample_bytes)
+    if not rest_ranges:
+        return sample, rest_of_all
+    return sample, Sample(corpus.draw(rest_ranges), rest_bytes)
+
+
+@dataclass
+class _Part:
+    """A span that is sampled alone.
+
+    Attributes:
+        span: the file, a shard of a data set, or 128 MiB of a Parquet file.
+        text_bytes: an estimate of its text, until it is measured.
+        splittable: whether any range of its bytes can be read alone.
+        is_measured: whether ``text_bytes`` was counted.
+    """
+
+    span: Span
+    text_bytes: int
+    splittable: bool
+    is_measured: bool = False
+
+    def measure(self, documents: Reader) -> None:
+        """Count the bytes of the documents; those of a splittable part are its stored bytes."""
+        if not self.splittable and not self.is_measured:
+            self.text_bytes = sum(len(text.encode()) for text in documents((self.span,)))
+            self.is_measured = True
 
 
 def _parts(file: File, splittable: bool) -> list[_Part]:
     if file.path.startswith(HUB):
-        return [
-            _Part(Span(file, shard, shard + 1), file.text_bytes // file.size, False)
-            for shard in range(file.size)
-        ]
+        spans = [Span(file, shard, shard + 1) for shard in range(file.size)]
+        return [_Part(span, file.text_bytes // file.size, False) for span in spans]
     if not splittable or file.suffixes[0] != ".parquet":
         return [_Part(Span(file, 0, file.size), file.text_bytes, splittable)]
     starts = range(0, file.size, _PARQUET_BYTES)
@@ -140,72 +162,81 @@ def _parts(file: File, splittable: bool) -> list[_Part]:
     return [_Part(span, span.stop - span.start, False) for span in spans]
 
 
-def _points(total: int, wanted: int, key: rng.UInt64s) -> list[int]:
-    """One of the MiBs that make ``total`` bytes in each of ``wanted`` / MiB strata."""
-    number, drawn = -(-total // MIB), -(-wanted // MIB)
-    edges = np.arange(min(number, drawn) + 1) * number // min(number, drawn)
+def _one_mib_a_stratum(total_bytes: int, wanted_bytes: int, key: rng.UInt64s) -> list[int]:
+    """Divide the MiBs of a corpus into ``wanted_bytes`` / MiB strata and draw one MiB of each."""
+    mibs = -(-total_bytes // MIB)
+    strata = min(mibs, -(-wanted_bytes // MIB))
+    edges = np.arange(strata + 1) * mibs // strata
     places = rng.uniform(rng.bits(key, edges[:-1])) * np.diff(edges)
     return [int(mib) for mib in edges[:-1] + places.astype(np.int64)]
 
 
-def _overlaps(
-    parts: list[_Part], ends: npt.NDArray[np.float64], chosen: Iterable[int]
-) -> dict[int, list[tuple[int, int]]]:
-    """For every part that chosen MiBs of the corpus fall on: which of its bytes they are."""
-    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for mib in sorted(chosen):
-        index = int(np.searchsorted(ends, mib * MIB, side="right"))
-        while (
-            index < len(parts)
-            and (begin := int(ends[index]) - parts[index].text_bytes) < (mib + 1) * MIB
-        ):
-            start, stop = (
-                max(mib * MIB - begin, 0),
-                min((mib + 1) * MIB - begin, parts[index].text_bytes),
-            )
-            small = not parts[index].splittable and parts[index].text_bytes <= MIB
-            if not small:
-                found[index].append((start, stop))
-            elif start == 0 and begin >= mib * MIB:  # taken whole, by the MiB that it begins in
-                found[index].append((0, parts[index].text_bytes))
-            index += 1
-    return found
+class _Corpus:
+    """Parts, one behind the other, from which several samples are drawn without overlap."""
 
+    def __init__(self, parts: list[_Part], seed: int, documents: Reader) -> None:
+        self._parts = parts
+        self._seed = seed
+        self._documents = documents
+        # Measuring a part later changes its text_bytes; its place in the corpus stays.
+        self._ends = np.cumsum([part.text_bytes for part in parts], dtype=np.float64)
+        self.total_bytes = int(self._ends[-1])
+        self._drawn_shares: dict[int, float] = {}  # of the parts that gave documents
 
-def _draws(
-    parts: list[_Part],
-    wanted: dict[int, list[tuple[int, int]]],
-    taken: dict[int, float],
-    seed: int,
-    documents: Reader,
-) -> list[Draw]:
-    """What to read for the wanted bytes: of documents that are drawn, others than the shares that are taken already, which it adds to."""
-    spans: list[Span] = []
-    draws: list[Draw] = []
-    for index, ranges in wanted.items():
-        if parts[index].splittable:
-            spans += [Span(parts[index].span.file, start, stop) for start, stop in ranges]
-            continue
-        wanted_bytes = sum(stop - start for start, stop in ranges)
-        share, most_bytes = _MIN_SHARE, float(wanted_bytes)
-        if parts[index].measured or wanted_bytes >= _MIN_SHARE * parts[index].text_bytes:
-            parts[index] = parts[index].measure(documents)
-            share, most_bytes = min(1.0, wanted_bytes / max(1, parts[index].text_bytes)), np.inf
-        low = max(taken[index], 1 - share) if index in taken else 0.0
-        high = 1.0 if index in taken else share
-        if low < high:
-            taken.setdefault(index, high)
-            draws.append(
-                Draw((parts[index].span,), rng.fold(seed, 2, index), low, high, most_bytes)
-            )
-    if spans:
-        draws.insert(0, Draw(tuple(spans), rng.fold(seed, 3), 0, 1))
-    return draws
+    def ranges(self, mibs: Iterable[int]) -> dict[int, list[_Range]]:
+        """Find the bytes of each part, by its index, that fall into some MiBs of the corpus."""
+        found: dict[int, list[_Range]] = defaultdict(list)
+        for mib in sorted(mibs):
+            first = int(np.searchsorted(self._ends, mib * MIB, side="right"))
+            for index in range(first, len(self._parts)):
+                part = self._parts[index]
+                begin = int(self._ends[index]) - part.text_bytes
+                if begin >= (mib + 1) * MIB:
+                    break
+                start = max(mib * MIB - begin, 0)
+                stop = min((mib + 1) * MIB - begin, part.text_bytes)
+                if part.splittable or part.text_bytes > MIB:
+                    found[index].append((start, stop))
+                elif begin >= mib * MIB:  # a small part is drawn whole, by the MiB it begins in
+                    found[index].append((0, part.text_bytes))
+        return found
+
+    def draw(self, ranges: dict[int, list[_Range]]) -> list[Draw]:
+        """Turn ranges of bytes into draws; of parts that cannot be split, draw new documents."""
+        spans: list[Span] = []
+        draws: list[Draw] = []
+        for index, of_part in ranges.items():
+            if self._parts[index].splittable:
+                file = self._parts[index].span.file
+                spans += [Span(file, start, stop) for start, stop in of_part]
+            else:
+                draws += self._draw_documents(index, sum(stop - start for start, stop in of_part))
+        if spans:
+            draws.insert(0, Draw(tuple(spans), rng.fold(self._seed, 3), 0, 1))
+        return draws
+
+    def _draw_documents(self, index: int, wanted_bytes: int) -> list[Draw]:
+        """Draw documents of one part: the first sample low random numbers, the second high ones."""
+        part = self._parts[index]
+        share = _MIN_SHARE
+        max_bytes = float(wanted_bytes)
+        if part.is_measured or wanted_bytes >= _MIN_SHARE * part.text_bytes:
+            part.measure(self._documents)
+            share = min(1.0, wanted_bytes / max(1, part.text_bytes))
+            max_bytes = np.inf
+        low = 0.0
+        high = share
+        if index in self._drawn_shares:
+            low = max(self._drawn_shares[index], 1 - share)
+            high = 1.0
+        if low >= high:
+            return []
+        self._drawn_shares.setdefault(index, high)
+        return [Draw((part.span,), rng.fold(self._seed, 2, index), low, high, max_bytes)]
 
 
 def _numbers(key: rng.UInt64s) -> Iterator[float]:
-    blocks = (
-        rng.uniform(rng.bits(key, np.arange(start, start + 4096))).tolist()
-        for start in itertools.count(0, 4096)
-    )
-    return itertools.chain.from_iterable(blocks)
+    """Yield the random numbers of a piece's documents, in [0, 1)."""
+    for start in itertools.count(0, _NUMBERS_AT_ONCE):
+        counters = np.arange(start, start + _NUMBERS_AT_ONCE)
+        yield from rng.uniform(rng.bits(key, counters)).tolist()

@@ -1,4 +1,4 @@
-"""Train RoBERTa's byte-level BPE, and measure how well a vocabulary fits a text."""
+"""Train RoBERTa's byte-level BPE tokenizer, and measure how well a vocabulary fits a text."""
 
 import itertools
 import re
@@ -13,10 +13,11 @@ from tokenizers.trainers import BpeTrainer
 from kantai.data.tokenizer import SPECIAL_TOKENS, Vocabulary, batched_texts, text_parts
 from kantai.errors import UserError
 
-_MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the specials and all bytes
+_MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and all bytes
 _MAX_SAMPLE_BYTES = 4_000_000_000
 _WORD = re.compile(r"\w+")
-# How byte-level BPE writes the bytes 0x80 to 0xFF, of which characters outside of ASCII are made (GPT-2's table).
+# Byte-level BPE writes the bytes 0x80 to 0xFF as these characters (GPT-2's table). Characters
+# outside of ASCII consist of such bytes.
 _HIGH_BYTES = {
     character
     for character in pre_tokenizers.ByteLevel.alphabet()
@@ -24,24 +25,25 @@ _HIGH_BYTES = {
 }
 
 
-def check_numbers(vocab_size: int, min_frequency: int, sample_bytes: float = 0) -> None:
-    """Refuse what no tokenizer can be trained with.
+def check_settings(vocab_size: int, min_frequency: int, sample_bytes: float = 0) -> None:
+    """Refuse settings with which no tokenizer can be trained.
 
     Raises:
-        UserError: ``vocab_size`` has no room for the special tokens and the 256 bytes, ``min_frequency`` is no number of occurrences, or
-            the library's 32-bit counts of pairs could overflow with ``sample_bytes`` of text (huggingface/tokenizers#1170).
+        UserError: ``vocab_size`` has no room for the special tokens and the 256 bytes,
+            ``min_frequency`` is below 1, or the library's 32-bit counts of pairs could overflow
+            with ``sample_bytes`` of text (huggingface/tokenizers#1170).
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UserError(
-            f"--vocab_size {vocab_size} is too small: the special tokens and the 256 bytes alone "
-            f"are {_MIN_VOCAB_SIZE}"
+            f"--vocab_size {vocab_size} is too small: "
+            f"the special tokens and the 256 bytes alone are {_MIN_VOCAB_SIZE}"
         )
     if min_frequency < 1:
         raise UserError(f"--min_frequency {min_frequency} must be at least 1")
     if not 0 <= sample_bytes <= _MAX_SAMPLE_BYTES:
         raise UserError(
-            f"--sample_bytes {sample_bytes:g} must lie between 0 and {_MAX_SAMPLE_BYTES:g}: more "
-            "text can overflow the counts"
+            f"--sample_bytes {sample_bytes:g} must lie between 0 and {_MAX_SAMPLE_BYTES:g}: "
+            "more text can overflow the counts"
         )
 
 
@@ -50,21 +52,22 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE with RoBERTa's special tokens as ids 0 to 4.
 
-    The memory it takes grows with the different words of the texts, and so with a part of their size.
+    Memory grows with the number of different words in the texts.
 
     Args:
         texts: documents, together at most 4 GB.
-        vocab_size: most entries; a small corpus fills fewer.
+        vocab_size: maximum number of entries; a small corpus fills fewer.
         min_frequency: how often a pair must occur to become an entry.
+        show_progress: show the library's progress bars.
 
     Raises:
-        UserError: see :func:`check_numbers`.
+        UserError: see :func:`check_settings`.
     """
-    check_numbers(vocab_size, min_frequency)
+    check_settings(vocab_size, min_frequency)
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # <mask> takes the space before it, as in RoBERTa: "human <mask>" leaves no lone space token behind "human".
+    # As in RoBERTa, <mask> takes the space before it: "human <mask>" has no lone space token.
     specials = [
         AddedToken(token, special=True, normalized=False, lstrip=token == "<mask>")
         for token in SPECIAL_TOKENS
@@ -86,17 +89,21 @@ def train_tokenizer(
 
 
 def coverage(vocabulary: Vocabulary, texts: Iterable[str]) -> dict[str, float]:
-    """How well a vocabulary fits texts, best ones that it was not trained on.
+    """Measure how well a vocabulary fits texts, best of all texts that it was not trained on.
 
     Returns:
-        ``bytes``: of UTF-8, that were looked at.
-        ``bytes_per_token``: more is shorter sequences. Compare it within one language only.
-        ``words_per_token``: of words between white space.
-        ``one_token_words``: share of the words (of letters and digits, behind a space) that are one token.
+        ``bytes``: bytes of UTF-8 in the texts.
+        ``bytes_per_token``: the higher, the shorter the sequences. It compares vocabularies of one
+        language only.
+        ``words_per_token``: the same for words, divided by white space.
+        ``one_token_words``: share of the words (letters and digits, after a space) that are one
+        token.
         ``used_entries``: share of the vocabulary that occurs.
-        ``byte_tokens``: share of the tokens that are one byte of a character outside of ASCII: those that the vocabulary lacks.
+        ``byte_tokens``: share of the tokens that are one byte of a character outside of ASCII; the
+        vocabulary lacks these characters.
     """
-    text_bytes = spaced_words = 0
+    text_bytes = 0
+    spaced_words = 0
     words: Counter[str] = Counter()
     counts = np.zeros(vocabulary.size, np.int64)
     for group in batched_texts(texts):
@@ -108,11 +115,8 @@ def coverage(vocabulary: Vocabulary, texts: Iterable[str]) -> dict[str, float]:
     tokens_of_words = vocabulary.encode([f" {word}" for word in words])[1]
     whole = (np.fromiter(words.values(), np.int64) * (tokens_of_words == 1)).sum()
     tokens = max(1, int(counts.sum()))
-    high_bytes = [
-        number
-        for byte in _HIGH_BYTES
-        if (number := vocabulary.tokenizer.token_to_id(byte)) is not None
-    ]
+    ids = (vocabulary.tokenizer.token_to_id(byte) for byte in _HIGH_BYTES)
+    high_bytes = [number for number in ids if number is not None]
     return {
         "bytes": text_bytes,
         "bytes_per_token": text_bytes / tokens,

@@ -134,3 +134,9 @@ def test_one_part_of_one_is_a_part(make_job: MakeJob, tmp_path: Path, corpus_fil
         done = script("tokenize_corpus", *where, *arguments)
         assert done.returncode == 0, done.stderr
     assert open_shards(tmp_path / "shards").manifest["splits"]["train"]["documents"]
+
+
+def test_processes_name_a_missing_tokenizer(make_job: MakeJob, tmp_path: Path) -> None:
+    job = replace(make_job("shards"), tokenizer=tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no tokenizer at .*nothing"):
+        tokenize(job, processes=2)

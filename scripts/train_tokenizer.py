@@ -81,30 +81,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_corpus_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="new folder for the tokenizer")
-    parser.add_argument(
-        "--vocab_size",
-        type=int,
-        default=52_000,
-        help="maximum number of entries (default 52000)",
-    )
-    parser.add_argument(
-        "--min_frequency",
-        type=int,
-        default=2,
-        help="how often a pair must occur to become an entry (default 2)",
-    )
+    size = "maximum number of entries (default 52000)"
+    parser.add_argument("--vocab_size", type=int, default=52_000, help=size)
+    frequency = "how often a pair must occur to become an entry (default 2)"
+    parser.add_argument("--min_frequency", type=int, default=2, help=frequency)
     parser.add_argument(
         "--sample_bytes",
         type=float,
         default=1e9,
         help="bytes of text to train on, drawn from all of the input (default 1e9)",
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the sample (default 0)",
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     return parser.parse_args()
 
 

@@ -43,7 +43,13 @@ or reporting, and not the result. Any other difference is refused, with the key 
 What a config leaves out is taken from the settings that the run recorded in `RUN/config.yaml`.
 
 """
-_TYPES = {"integer": "int", "number": "float", "boolean": "bool", "string": "text", "null": "none"}
+_TYPES = {
+    "integer": "int",
+    "number": "float",
+    "boolean": "bool",
+    "string": "text",
+    "null": "`null`",
+}
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -60,7 +66,7 @@ def reference() -> str:
         single[name] = field
         if "$ref" in field.get("items", {}):
             item = definitions[_target(field["items"])]
-            sections.append(_section(name, item, f"Each entry of the list `{name}`. "))
+            sections.append(_section(name, item, f"Each entry of the list `{name}`:\n"))
     top = _section("Top level", {**schema, "properties": single})
     return _HEAD + "\n".join([top, *sections])
 
@@ -111,8 +117,6 @@ def _escaped(cell: str) -> str:
 
 
 def _code(value: Any) -> str:
-    if value is None:
-        return "none"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 

@@ -179,7 +179,11 @@ def check(command: str) -> None:
     elif name in ("python", ".venv/bin/python") and arguments[0] == "-m":
         assert (ROOT / f"{arguments[1].replace('.', '/')}.py").is_file(), f"no {arguments[1]}"
     elif name in ("python", ".venv/bin/python"):
-        check_program(arguments[0], arguments[1:])
+        program, *arguments = arguments
+        # Some benchmarks import torch before they parse, which takes seconds.
+        if arguments or not program.startswith("benchmarks/"):
+            check_program(program, arguments)
+        assert (ROOT / program).is_file(), f"there is no {program}"
     else:
         assert name in OTHER_PROGRAMS, f"nobody checks {name}"
 
@@ -235,7 +239,7 @@ def test_configuration_page_is_current() -> None:
     assert page == reference(), "python -m kantai.config.reference > docs/configuration.md"
 
 
-def test_readme_fits_a_screen_or_three() -> None:
+def test_readme_stays_short() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 160
     assert max(map(len, lines)) <= 100

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,7 +128,11 @@ def describe() -> str:
     """All keys with type, default and meaning, as text for ``--help``."""
     lines = []
     for key, field in schema(Config):
-        default = "required" if field.is_required() else f"default {field.default}"
+        default = "required"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            # As YAML has it: null and true, where Python says None and True.
+            default = f"default {value if isinstance(value, str) else json.dumps(value)}"
         kind = type_in_words(field.annotation)
         lines.append(f"  --{key}=...\n      {field.description} ({kind}; {default})")
     return "\n".join(lines)
@@ -142,7 +147,7 @@ def type_in_words(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(type_in_words(part) for part in get_args(annotation))
     if annotation is type(None):
-        return "None"
+        return "null"
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -246,7 +246,7 @@ class FailuresConfig(Section):
         20.0,
         gt=1,
         description="a step is skipped when its loss or gradient norm is this many times the "
-        "median of the last 100 steps; None: only when one is not finite",
+        "median of the last 100 steps; null: only when one is not finite",
     )
     hang_seconds: Positive = Field(
         1800,

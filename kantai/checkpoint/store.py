@@ -154,7 +154,7 @@ class CheckpointStore:
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
     """Look whether there is room before anything is written.
 
-    A quota, of which the system says nothing beforehand, shows when a file is written.
+    A quota shows only when a file is written.
 
     Raises:
         UserError: there is too little room; it says how much is missing.

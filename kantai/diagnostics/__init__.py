@@ -1,1 +1,1 @@
-"""Is the cluster sound, do the promises hold here, does a run survive?"""
+"""Checks of nodes before a run, proof of the promises, and chaos for runs."""

@@ -1,4 +1,4 @@
-"""Do the promises hold here? Some steps of a user's run, dealt in every way, and compared.
+"""Verification of the promises: some steps of a user's run, dealt in every way, and compared.
 
 They are compared not with the engine but with plain PyTorch: in one process that computes whole
 batches, and in plain DDP.

@@ -29,8 +29,8 @@ class Decision:
 class StopCoordinator:
     """Has all ranks agree to stop, to save, and to publish a checkpoint.
 
-    A signal may come to one rank alone, files are looked for by rank 0, and clocks differ: whoever
-    decided alone would leave the others waiting in a collective.
+    A signal may come to one rank alone, files are looked for by rank 0, and clocks differ. A rank
+    that decided alone would leave the others waiting in a collective.
     """
 
     def __init__(self, run_dir: Path, engine: Engine, store: CheckpointStore) -> None:

@@ -40,10 +40,15 @@ def train(run_dir: RunDir, rank_info: RankInfo) -> bool:
     except UserError:
         raise
     except Exception as error:
-        if rank_info.world_size > 1 and "connection" in str(error).lower():
-            # Another rank is gone. Its own error is the one to be shown.
+        if rank_info.world_size > 1 and _is_lost_rank(error):
+            # The lost rank's own error is the one to be shown.
             wait_to_be_ended(_SECONDS_FOR_THE_LAUNCHER)
         raise
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """Whether another rank is gone. Gloo and NCCL raise RuntimeError, and say so in the text."""
+    return "connection" in str(error).lower()
 
 
 class Trainer:

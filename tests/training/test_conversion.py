@@ -14,7 +14,7 @@ import pytest
 from kantai.checkpoint.store import CheckpointStore
 from kantai.config.loading import load_config
 from kantai.errors import UserError
-from kantai.training.conversion import convert_config_file, convert_run
+from kantai.training.conversion import convert_run
 from tests.helpers.commands import metrics, script
 
 
@@ -37,10 +37,9 @@ def losses_before(old: Path) -> list[float]:
 
 
 def test_config_and_run_are_refused_by_the_command_that_converts_them(old: Path) -> None:
-    done = script("pretrain", *arguments(old), "--check")
+    done = script("pretrain", *arguments(old), "--check", f"--run_dir={old / 'new'}")
     assert done.returncode == 2
-    assert f"convert.py {old / 'config.yaml'}" in done.stderr
-    convert_config_file(old / "config.yaml")
+    assert f"python scripts/convert.py {old / 'config.yaml'}" in done.stderr
     done = script("pretrain", *arguments(old), "--check")
     assert done.returncode == 2
     assert f"python scripts/convert.py {old / 'run'}" in done.stderr

@@ -1,14 +1,17 @@
 """A program of scripts/ with a fault planted in the engine: tests/helpers/faults.py FAULT PROGRAM ARGUMENTS..."""
 
+import contextlib
 import runpy
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kantai.checkpoint.state import Snapshot
 from kantai.cluster.environment import RankInfo
 from kantai.data.batches import Batches
 from kantai.distributed.backends import DeepSpeedZero, Torch
@@ -137,6 +140,18 @@ def exploding_loss() -> None:
     Engine.train_step = exploding  # type: ignore[method-assign]
 
 
+def endless_save() -> None:
+    """A rank's part of the first checkpoint is written, and the checkpoint is not made of it."""
+    real = Snapshot.write
+
+    def waiting(self: Snapshot, folder: Path) -> Any:
+        real(self, folder)
+        while True:
+            time.sleep(1)
+
+    Snapshot.write = waiting  # type: ignore[method-assign]
+
+
 def hanging_rank() -> None:
     """One rank never comes to its fourth step."""
     real = Engine.train_step
@@ -147,6 +162,23 @@ def hanging_rank() -> None:
         return real(self, step, *rest)
 
     Engine.train_step = hanging  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def planted(name: str) -> Iterator[None]:
+    """With one of these, which is gone afterwards."""
+    kinds = (Batches, DeepSpeedZero, Engine, Snapshot, Torch)
+    before = [dict(vars(kind)) for kind in kinds]
+    globals()[name]()
+    try:
+        yield
+    finally:
+        for kind, attributes in zip(kinds, before, strict=True):
+            for key, value in dict(vars(kind)).items():
+                if key not in attributes:
+                    delattr(kind, key)
+                elif value is not attributes[key]:
+                    setattr(kind, key, attributes[key])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from kantai.data.tokenizer import save_tokenizer
 from kantai.preprocessing.tokenizer_training import train_tokenizer
 from kantai.storage.atomic import staged
-from tests.helpers.commands import ENVIRONMENT, ROOT, TINY, pretrain, script
+from tests.helpers.commands import ROOT, TINY, launch_command, pretrain, run_program, script
 
 
 class Workshop:
@@ -137,16 +138,7 @@ def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> 
 
 
 def test_every_rank_refuses_and_one_speaks(workshop: Workshop) -> None:
-    command = [
-        "accelerate",
-        "launch",
-        "--config_file",
-        "configs/accelerate/cpu.yaml",
-        "scripts/pretrain.py",
-        "--config",
-        "configs/quickstart.yaml",
-    ]
-    done = subprocess.run([*command, "--seeed=1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = run_program(launch_command("cpu", 2, "scripts/pretrain.py", "--config", "configs/quickstart.yaml", "--seeed=1"))
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "unknown key 'seeed'; the nearest known one is 'seed'" in done.stderr
@@ -160,16 +152,8 @@ def test_no_space_left(workshop: Workshop) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
     try:
         limit = [] if os.geteuid() == 0 else ["prlimit", "--fsize=65536"]
-        command = [*limit, "python", "scripts/tokenize_corpus.py", "--input", workshop.corpus, "--tokenizer", workshop.tokenizer]
-        done = subprocess.run(
-            [*map(str, command), "--output", str(small / "shards")],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        program = [sys.executable, "scripts/tokenize_corpus.py", "--input", workshop.corpus, "--tokenizer", workshop.tokenizer]
+        done = run_program([*limit, *program, "--output", small / "shards"])
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1
         assert "no space left" in done.stderr or "File too large" in done.stderr

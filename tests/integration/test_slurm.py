@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kantai.checkpoint.store import CheckpointStore
 from kantai.storage.atomic import verify
-from tests.helpers.commands import TINY, metrics, pretrain, script
+from tests.helpers.commands import TINY, pretrain, script
+from tests.helpers.runs import assert_same_run, metrics
 from tests.helpers.slurm_cluster import Cluster, cluster_of
 
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
@@ -122,7 +123,7 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     printed = cluster.output(job)
     verdicts = dict(re.findall(r"^(n\d) .*GiB/s  (.*)$", printed, re.MULTILINE))
     (seconds,) = re.findall("^clock is (.*) s off$", verdicts.pop("n3"))
-    assert float(seconds) == pytest.approx(-3600, abs=1), printed
+    assert float(seconds) == pytest.approx(-3600, abs=60), printed
     assert verdicts.pop("n2") == f"{cluster.scratch}: No space left on device; {tmp_path} is another folder there", printed
     lacks = "9000 MiB of GPU 0 are in use; 1 of 2 GPUs; GPU A100 of 81920 MiB, not H200 of 143771 MiB"
     assert verdicts == {"n1": "good", "n4": lacks}, printed
@@ -134,12 +135,12 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     logs = cluster.logs / f"pretrain-{job}" / "attempt-0.0"
     assert sorted(path.name for path in logs.iterdir()) == ["n1.log", "n5.log", *(f"rank-0000{rank}.log" for rank in range(4))]
     assert "4 ranks x" in (logs / "rank-00000.log").read_text()
-    for name in ("train/loss", "train/grad_norm", "held_out/loss"):
-        assert metrics(tmp_path / "run", name) == pytest.approx(metrics(tmp_path / "one", name), abs=1e-5)
+    assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
 def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: Cluster, data_arguments: list[str], tmp_path: Path) -> None:
-    run, how = tmp_path / "run", [*data_arguments, "--training.max_steps=40"]
+    steps = 120  # more than a fast machine does before it is frozen
+    run, how = tmp_path / "run", [*data_arguments, f"--training.max_steps={steps}"]
     pretrain("cpu", *how, f"--run_dir={tmp_path / 'straight'}")
     start = time.time()
     # SLURM looks every 30 seconds, and signals that much earlier: 10 to 40 seconds after the start. What comes with the start may be lost.
@@ -181,7 +182,7 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: C
         least += max(since, *(at for at in kept if at <= until)) - since
         most += min(until, *(at + 1 for at in launchers_ended if since <= at)) - since
     assert least - 1 <= allocated <= most + 1
-    ours, theirs = (verify(CheckpointStore(folder).path(40)) for folder in (run, tmp_path / "straight"))
+    ours, theirs = (verify(CheckpointStore(folder).path(steps)) for folder in (run, tmp_path / "straight"))
     assert ours["files"] == theirs["files"]
 
 
@@ -209,10 +210,9 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
         return killed == {0, 2}
 
     cluster.wait_until(kill_parts, poll_seconds=0.005)
-    queue = ("squeue", "--noheader", "--name=tokenize-merge", "--format=%A %T")
+    queue = ("squeue", "--noheader", "--states=all", "--name=tokenize-merge", "--format=%A")
     cluster.wait_until(lambda: bool(cluster.run(*queue)))
-    merge, state = cluster.run(*queue).split()
-    assert state == "PENDING"
+    merge = cluster.run(*queue).strip()  # it fails where it does not wait for what is missing
     script("tokenize_corpus", *how, "--output", tmp_path / "one")
     done = cluster.wait(merge)
     assert done["JobState"] == "COMPLETED", cluster.all_logs()

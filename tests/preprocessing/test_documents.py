@@ -5,7 +5,6 @@ import gzip
 import itertools
 import json
 import lzma
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import Span, find_files
 from kantai.preprocessing.lines import Report
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import run_program
 from tests.helpers.files import read, written
 
 WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"
@@ -226,8 +225,7 @@ def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path,
             tmp_path / "a.parquet", pa.schema({"text": pa.string()}), compression="none", use_dictionary=False, write_batch_size=1
         ) as writer:
             writer.write_table(pa.table({"text": texts}))
-    command = [sys.executable, "-c", READING, f"hub:{tmp_path}" if hub else str(tmp_path / "a.parquet")]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = run_program([sys.executable, "-c", READING, f"hub:{tmp_path}" if hub else tmp_path / "a.parquet"], code=0)
     found, megabytes = map(int, done.stdout.split())
     assert found == 500
     assert megabytes < 120

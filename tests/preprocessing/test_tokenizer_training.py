@@ -3,7 +3,6 @@
 import filecmp
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.tokenizer_training import coverage, train_tokenizer
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import run_program
 
 
 def read(path: Path, unit: Unit) -> Iterator[str]:
@@ -71,9 +70,8 @@ def test_processes_train_the_same_tokenizer_on_any_number_of_threads(tmp_path: P
     (tmp_path / "corpus.txt").write_text("".join(f"{text}part {number}\n" for number in range(8)), encoding="utf-8")
     numbers = ["--vocab_size=1000", "--sample_bytes=1e6", f"--input={tmp_path / 'corpus.txt'}"]
     for parallel in ("true", "false"):
-        environment = {**ENVIRONMENT, "TOKENIZERS_PARALLELISM": parallel}
         command = [sys.executable, "scripts/train_tokenizer.py", *numbers, f"--output={tmp_path / parallel}"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        done = run_program(command, TOKENIZERS_PARALLELISM=parallel)
         assert "trained on 1,0" in done.stdout
     names = ["merges.txt", "tokenizer.json", "vocab.json", "report.json"]
     assert filecmp.cmpfiles(tmp_path / "true", tmp_path / "false", names, shallow=False) == (names, [], [])

@@ -1,8 +1,6 @@
 """What is written of a run: by its latest start alone, and with an error where it cannot be written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from kantai.checkpoint.store import CheckpointStore
 from kantai.errors import UserError
 from kantai.training.metrics import Metrics
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import run_python
 
 
 def a_start(run: Path) -> CheckpointStore:
@@ -61,13 +59,5 @@ for step in range(1, 1000):
     else:
         metrics.write_text(step, "fill_mask", "x" * 1000)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 1 and "File too large" in done.stderr, done

@@ -15,7 +15,9 @@ from kantai.training.metrics import read_metrics
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="picture to write, .svg or .png")
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="run directories")
     arguments = parser.parse_args()
@@ -23,11 +25,15 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for label, _, run in (each.rpartition("=") for each in arguments.runs):
         minutes, losses, entropy = curve(Path(run))
-        axes.plot(minutes, losses, label=f"{label}: {losses[-1]:.2f} after {minutes[-1]:.0f} minutes")
+        axes.plot(
+            minutes, losses, label=f"{label}: {losses[-1]:.2f} after {minutes[-1]:.0f} minutes"
+        )
     axes.axhline(entropy, color="grey", linestyle="dashed", label=f"unigram entropy: {entropy:.2f}")
     axes.set(xlabel="minutes of training", ylabel="held-out loss, nats a masked token")
     axes.legend()
-    figure.savefig(arguments.output, metadata={"Date": None} if arguments.output.suffix == ".svg" else None)
+    figure.savefig(
+        arguments.output, metadata={"Date": None} if arguments.output.suffix == ".svg" else None
+    )
 
 
 def curve(run: Path) -> tuple[list[float], list[float], float]:

@@ -37,11 +37,28 @@ ROUNDS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for texts and shards")
-    parser.add_argument("--corpus", type=Path, help="a text of paragraphs to repeat (default: Python's documentation)")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 50, 250], help="sizes of text (default 10 50 250)")
-    parser.add_argument("--compare_megabytes", type=int, default=50, help="size at which throughputs are compared (default 50)")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        help="a text of paragraphs to repeat (default: Python's documentation)",
+    )
+    parser.add_argument(
+        "--megabytes",
+        type=int,
+        nargs="+",
+        default=[10, 50, 250],
+        help="sizes of text (default 10 50 250)",
+    )
+    parser.add_argument(
+        "--compare_megabytes",
+        type=int,
+        default=50,
+        help="size at which throughputs are compared (default 50)",
+    )
     arguments = parser.parse_args()
     work: Path = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -51,9 +68,13 @@ def main() -> None:
     source: Path = arguments.corpus or work / "corpus" / "corpus.txt"
     if not (work / "tokenizer").exists():
         with staged(work / "tokenizer", kind="tokenizer") as folder:
-            save_tokenizer(train_tokenizer(source.read_text(encoding="utf-8").split("\n\n"), 52_000, 2), folder)
+            save_tokenizer(
+                train_tokenizer(source.read_text(encoding="utf-8").split("\n\n"), 52_000, 2), folder
+            )
     figures: dict[str, Any] = {"cores": CORES, "corpus": source.name}
-    print(f"{CORES} cores; text: {source.name} repeated; tokenizer of {load_tokenizer(work / 'tokenizer').size:,} entries\n")
+    print(
+        f"{CORES} cores; text: {source.name} repeated; tokenizer of {load_tokenizer(work / 'tokenizer').size:,} entries\n"
+    )
     figures |= tokenizing(work, text_of(work, source, arguments.compare_megabytes))
     figures |= memory(work, [text_of(work, source, size) for size in arguments.megabytes])
     figures |= loading(work, work / f"shards-{max(arguments.megabytes)}")
@@ -64,9 +85,13 @@ def tokenizing(work: Path, text: Path) -> dict[str, float]:
     """Throughput of three ways to tokenize one text with all cores: the median of interleaved rounds."""
     output = work / "compared"
     ways: dict[str, Callable[[], float]] = {
-        "kantai: the program, text to verified shards": lambda: kantai(text, work / "tokenizer", output),
+        "kantai: the program, text to verified shards": lambda: kantai(
+            text, work / "tokenizer", output
+        ),
         "tokenizers: encode_batch alone, in memory": lambda: raw(text, work / "tokenizer"),
-        "datasets.map, twice, as in the example scripts": lambda: with_datasets(text, work / "tokenizer"),
+        "datasets.map, twice, as in the example scripts": lambda: with_datasets(
+            text, work / "tokenizer"
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
@@ -81,7 +106,9 @@ def tokenizing(work: Path, text: Path) -> dict[str, float]:
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     per_token = sum(path.stat().st_size for path in output.iterdir()) / tokens
     print(f"\n{per_token:.3f} bytes a token on disk\n")
-    return {f"megabytes_per_second/{name}": size / median(found) for name, found in seconds.items()} | {"bytes_per_token": per_token}
+    return {
+        f"megabytes_per_second/{name}": size / median(found) for name, found in seconds.items()
+    } | {"bytes_per_token": per_token}
 
 
 def memory(work: Path, texts: list[Path]) -> dict[str, float]:
@@ -93,7 +120,10 @@ def memory(work: Path, texts: list[Path]) -> dict[str, float]:
         subprocess.run(["rm", "-rf", output], check=True)
         start = time.perf_counter()
         peak = peak_bytes(command(text, work / "tokenizer", output))
-        print(f"| {text.stat().st_size / 1e6:,.0f} MB | {time.perf_counter() - start:.0f} | {peak / 1e6:,.0f} MB |", flush=True)
+        print(
+            f"| {text.stat().st_size / 1e6:,.0f} MB | {time.perf_counter() - start:.0f} | {peak / 1e6:,.0f} MB |",
+            flush=True,
+        )
         figures[f"peak_megabytes/{text.stem}"] = peak / 1e6
     print()
     return figures
@@ -102,12 +132,24 @@ def memory(work: Path, texts: list[Path]) -> dict[str, float]:
 def loading(work: Path, shards: Path) -> dict[str, float]:
     """Masked tokens a second on one core, and the time to the first batch at three places of a run."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    settings = [f"--data.shards={shards}", f"--data.tokenizer={work / 'tokenizer'}", "--data.verify_hashes=false"]
+    settings = [
+        f"--data.shards={shards}",
+        f"--data.tokenizer={work / 'tokenizer'}",
+        "--data.verify_hashes=false",
+    ]
     figures: dict[str, float] = {}
     print("| loader, one core, 512 tokens a sequence | million tokens/s |\n|---|---|")
-    for packing, unit in (("contiguous", "token"), ("contiguous", "word"), ("contiguous", "span"), ("isolated", "token")):
+    for packing, unit in (
+        ("contiguous", "token"),
+        ("contiguous", "word"),
+        ("contiguous", "span"),
+        ("isolated", "token"),
+    ):
         data = open_data(
-            load_config(ROOT / "configs/roberta-base.yaml", [*settings, f"--data.packing={packing}", f"--masking.unit={unit}"])
+            load_config(
+                ROOT / "configs/roberta-base.yaml",
+                [*settings, f"--data.packing={packing}", f"--masking.unit={unit}"],
+            )
         )
         batches, rates = data.training_batches(1), []
         for attempt in range(ROUNDS + 1):
@@ -116,12 +158,16 @@ def loading(work: Path, shards: Path) -> dict[str, float]:
             rates.append(tokens / (time.perf_counter() - start))
         figures[f"tokens_per_second/{packing}/{unit}"] = median(rates[1:])
         print(f"| {packing}, {unit} masks | {median(rates[1:]) / 1e6:.1f} |")
-    print("\n| opening the data and making the first batch of step | ms | of step 0 |\n|---|---|---|")
+    print(
+        "\n| opening the data and making the first batch of step | ms | of step 0 |\n|---|---|---|"
+    )
     times: dict[int, list[float]] = {0: [], 10**3: [], 10**6: []}
     for _ in range(20):
         for step, found in times.items():
             start = time.perf_counter()
-            open_data(load_config(ROOT / "configs/roberta-base.yaml", settings)).training_batches(1).micro_batch(step, 0, 0)
+            open_data(load_config(ROOT / "configs/roberta-base.yaml", settings)).training_batches(
+                1
+            ).micro_batch(step, 0, 0)
             found.append(time.perf_counter() - start)
     for step, found in times.items():
         figures[f"seek_seconds/{step}"] = median(found)
@@ -139,7 +185,10 @@ def kantai(text: Path, tokenizer: Path, output: Path) -> float:
 
 def raw(text: Path, tokenizer: Path) -> float:
     """Seconds of the library alone: documents that are in memory already, encoded in batches on all cores, the ids thrown away."""
-    encode, documents = load_tokenizer(tokenizer).tokenizer.encode_batch_fast, text.read_text(encoding="utf-8").split("\n\n")
+    encode, documents = (
+        load_tokenizer(tokenizer).tokenizer.encode_batch_fast,
+        text.read_text(encoding="utf-8").split("\n\n"),
+    )
     start = time.perf_counter()
     for first in range(0, len(documents), 1000):
         encode(documents[first : first + 1000], add_special_tokens=False)
@@ -160,11 +209,16 @@ def with_datasets(text: Path, tokenizer: Path) -> float:
     def group(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = {key: list(itertools.chain(*values)) for key, values in rows.items()}
         total = len(joined["input_ids"]) // 512 * 512
-        return {key: [values[i : i + 512] for i in range(0, total, 512)] for key, values in joined.items()}
+        return {
+            key: [values[i : i + 512] for i in range(0, total, 512)]
+            for key, values in joined.items()
+        }
 
     with tempfile.TemporaryDirectory(dir=text.parent) as cache:
         start = time.perf_counter()
-        rows = datasets.load_dataset("text", data_files=str(text), split="train", cache_dir=cache, sample_by="paragraph")
+        rows = datasets.load_dataset(
+            "text", data_files=str(text), split="train", cache_dir=cache, sample_by="paragraph"
+        )
         rows = rows.map(tokenize, batched=True, num_proc=CORES, remove_columns=["text"])
         rows.map(group, batched=True, num_proc=CORES)
         return time.perf_counter() - start
@@ -177,7 +231,13 @@ def peak_bytes(arguments: list[str]) -> int:
         program = psutil.Process(process.pid)
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
-                peak = max(peak, sum(member.memory_full_info().pss for member in (program, *program.children(recursive=True))))
+                peak = max(
+                    peak,
+                    sum(
+                        member.memory_full_info().pss
+                        for member in (program, *program.children(recursive=True))
+                    ),
+                )
             time.sleep(0.1)
     assert process.returncode == 0
     return peak
@@ -193,7 +253,9 @@ def text_of(work: Path, source: Path, megabytes: int) -> Path:
     """A text of that size: the source's paragraphs again and again, each time in another order."""
     path = work / f"{megabytes}.txt"
     if not path.exists():
-        paragraphs = [part for part in source.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+        paragraphs = [
+            part for part in source.read_text(encoding="utf-8").split("\n\n") if part.strip()
+        ]
         shuffle, size = random.Random(0), 0
         with path.with_suffix(".partial").open("w", encoding="utf-8") as file:
             while size < megabytes * 10**6:

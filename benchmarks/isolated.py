@@ -35,15 +35,33 @@ Found = tuple[Tensor, Tensor]  # logits [tokens, vocabulary], gradient of all pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32 if DEVICE.type == "cuda" else 4, help="of a batch that is timed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=32 if DEVICE.type == "cuda" else 4,
+        help="of a batch that is timed",
+    )
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--mean_document", type=int, default=150, help="mean length of a document, in tokens")
+    parser.add_argument(
+        "--mean_document", type=int, default=150, help="mean length of a document, in tokens"
+    )
     parser.add_argument("--layers", type=int, default=12 if DEVICE.type == "cuda" else 2)
-    parser.add_argument("--hidden_size", type=int, default=768 if DEVICE.type == "cuda" else 256, help="of heads of 64")
+    parser.add_argument(
+        "--hidden_size",
+        type=int,
+        default=768 if DEVICE.type == "cuda" else 256,
+        help="of heads of 64",
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="that each way is timed")
     arguments = parser.parse_args()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"{name}; torch {torch.__version__}; {arguments}")
     torch.manual_seed(0)
     model = MaskedRoberta(
@@ -78,8 +96,13 @@ def batch_inputs(rows: int, seq_len: int, mean_document: int, isolated: bool) ->
     stream = generator.integers(5, 8192, rows * (seq_len - 1))
     stream[generator.random(len(stream)) < 1 / mean_document] = EOS
     masker = Masker(0.15, 0.8, 0.1, 8192, MASK, (BOS, PAD, EOS, 3, MASK), seed=0)
-    shards = Split([{"file": "", "documents": 1, "tokens": len(stream)}], lambda _: Shard(stream, np.array([0, len(stream)], np.int32)))
-    stage = Stage(0, 0, BatchPlan(rows, rows, 1), Contiguous(shards, seq_len, BOS, PAD), Sequential(rows))
+    shards = Split(
+        [{"file": "", "documents": 1, "tokens": len(stream)}],
+        lambda _: Shard(stream, np.array([0, len(stream)], np.int32)),
+    )
+    stage = Stage(
+        0, 0, BatchPlan(rows, rows, 1), Contiguous(shards, seq_len, BOS, PAD), Sequential(rows)
+    )
     batches = Batches([stage], masker, PAD, EOS if isolated else None)
     return MicroBatch(batches.micro_batch(0, 0, 0)).on(DEVICE)
 
@@ -87,18 +110,30 @@ def batch_inputs(rows: int, seq_len: int, mean_document: int, isolated: bool) ->
 def check(model: MaskedRoberta, given: dict[str, Tensor]) -> bool:
     """Print how far each way is from every document alone; returns whether all is as exact as it should be."""
     documents = len(given["document_starts"].unique()) - 1
-    print(f"\n3 rows, {documents} documents: largest difference of a logit, relative one of the gradient")
+    print(
+        f"\n3 rows, {documents} documents: largest difference of a logit, relative one of the gradient"
+    )
     model.set_attn_implementation("sdpa")
     expected = alone(model, given, bf16=False)
     whole = {key: value for key, value in given.items() if key != "document_starts"}
     report("contiguous, fp32: not to be exact", in_rows(model, whole, bf16=False), expected)
-    exact = max(report("isolated, mask, fp32", in_rows(model, given, bf16=False), expected)) <= FP32_TOLERANCE
-    allowed = [2 * difference for difference in report("each alone, bf16", alone(model, given, bf16=True), expected)]
+    exact = (
+        max(report("isolated, mask, fp32", in_rows(model, given, bf16=False), expected))
+        <= FP32_TOLERANCE
+    )
+    allowed = [
+        2 * difference
+        for difference in report("each alone, bf16", alone(model, given, bf16=True), expected)
+    ]
     found = [report("isolated, mask, bf16", in_rows(model, given, bf16=True), expected)]
     if has_varlen(model):
         model.set_attn_implementation(ATTENTION)
         found.append(report("isolated, varlen, bf16", in_rows(model, given, bf16=True), expected))
-    exact &= all(difference <= most for differences in found for difference, most in zip(differences, allowed, strict=True))
+    exact &= all(
+        difference <= most
+        for differences in found
+        for difference, most in zip(differences, allowed, strict=True)
+    )
     print("exact" if exact else "NOT EXACT")
     return exact
 
@@ -106,13 +141,21 @@ def check(model: MaskedRoberta, given: dict[str, Tensor]) -> bool:
 def alone(model: MaskedRoberta, given: dict[str, Tensor], bf16: bool) -> Found:
     """Logits and gradient from each document as the only row of a batch, by the stock forward."""
     labels = torch.full_like(given["input_ids"], IGNORED_LABEL)
-    for row, positions, answers in zip(labels, given["masked_positions"], given["labels"], strict=True):
+    for row, positions, answers in zip(
+        labels, given["masked_positions"], given["labels"], strict=True
+    ):
         row[positions[answers != IGNORED_LABEL]] = answers[answers != IGNORED_LABEL]
     model.zero_grad()
     found = []
     for start, stop in itertools.pairwise(given["document_starts"].unique().tolist()):
-        logits = forward(model, {"input_ids": given["input_ids"].flatten()[None, start:stop]}, bf16).logits[0].float()
-        torch.nn.functional.cross_entropy(logits, labels.flatten()[start:stop], reduction="sum").backward()
+        logits = (
+            forward(model, {"input_ids": given["input_ids"].flatten()[None, start:stop]}, bf16)
+            .logits[0]
+            .float()
+        )
+        torch.nn.functional.cross_entropy(
+            logits, labels.flatten()[start:stop], reduction="sum"
+        ).backward()
         found.append(logits.detach())
     return torch.cat(found), gradient(model)
 
@@ -122,7 +165,11 @@ def in_rows(model: MaskedRoberta, given: dict[str, Tensor], bf16: bool) -> Found
     model.zero_grad()
     forward(model, given, bf16)[0].backward()
     with torch.no_grad():
-        logits = forward(model, {key: given[key] for key in ("input_ids", "document_starts") if key in given}, bf16).logits
+        logits = forward(
+            model,
+            {key: given[key] for key in ("input_ids", "document_starts") if key in given},
+            bf16,
+        ).logits
     return logits.flatten(0, 1).float(), gradient(model)
 
 
@@ -155,11 +202,20 @@ def report(name: str, found: Found, expected: Found) -> tuple[float, float]:
     return logit, relative
 
 
-def measure(model: MaskedRoberta, inputs: Callable[[int, bool], dict[str, Tensor]], rows: int, seconds: float) -> None:
+def measure(
+    model: MaskedRoberta,
+    inputs: Callable[[int, bool], dict[str, Tensor]],
+    rows: int,
+    seconds: float,
+) -> None:
     """Print tokens a second of forward and backward together."""
     on_gpu = DEVICE.type == "cuda"
     print(f"\n{rows} rows, {'bf16' if on_gpu else 'fp32'}, forward and backward: tokens a second")
-    ways = [("contiguous", False, "sdpa"), ("isolated, mask", True, "sdpa"), ("isolated, varlen", True, ATTENTION)]
+    ways = [
+        ("contiguous", False, "sdpa"),
+        ("isolated, mask", True, "sdpa"),
+        ("isolated, varlen", True, ATTENTION),
+    ]
     for name, isolated, attention in ways if has_varlen(model) else ways[:-1]:
         model.set_attn_implementation(attention)
         given = inputs(rows, isolated)
@@ -170,7 +226,9 @@ def measure(model: MaskedRoberta, inputs: Callable[[int, bool], dict[str, Tensor
                 torch.cuda.synchronize()
             steps += 1
             start = time.perf_counter() if steps == 0 else start
-        print(f"  {name:36s} {steps * given['input_ids'].numel() / (time.perf_counter() - start):11,.0f}")
+        print(
+            f"  {name:36s} {steps * given['input_ids'].numel() / (time.perf_counter() - start):11,.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -35,15 +35,22 @@ UPDATES_LOOKED_AT = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=1e12, help="size of the corpus (default 1e12)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=float, default=1e12, help="size of the corpus (default 1e12)"
+    )
     arguments = parser.parse_args()
     print(page(int(arguments.tokens)), end="")
 
 
 def page(tokens: int) -> str:
     """The section of docs/scale.md."""
-    files = [File(f"s3://corpus/{number:06d}.jsonl", FILE_BYTES, "") for number in range(int(tokens * TEXT_BYTES_PER_TOKEN / FILE_BYTES))]
+    files = [
+        File(f"s3://corpus/{number:06d}.jsonl", FILE_BYTES, "")
+        for number in range(int(tokens * TEXT_BYTES_PER_TOKEN / FILE_BYTES))
+    ]
     start = time.perf_counter()
     pieces = cut(files, splittable=lambda file: True)
     planned = time.perf_counter() - start
@@ -53,7 +60,9 @@ def page(tokens: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tracemalloc.start()
         start = time.perf_counter()
-        shards = open_shards("memory://made_up", cache=lambda url: Cache(url, Path(folder), 1 << 30))
+        shards = open_shards(
+            "memory://made_up", cache=lambda url: Cache(url, Path(folder), 1 << 30)
+        )
     manifest, splits = shards.manifest, shards.splits
     sequences = Contiguous(splits["train"], SEQ_LEN, 0, 1)
     opened, opened_bytes = time.perf_counter() - start, tracemalloc.get_traced_memory()[0]
@@ -76,11 +85,16 @@ def page(tokens: int) -> str:
         f"| memory of the order | {order_bytes / 1e6:.1f} MB |",
         f"| sequences of {SEQ_LEN} | {order.samples:,}: {epoch:,} steps of {GLOBAL_BATCH_SIZE:,} an epoch |",
         f"| shards open at a time, of a window | {WINDOW}, {WINDOW * shard_bytes.mean() / 1e9:.1f} GB |",
-        *(f"| a step's order, at step {step:,} | {milliseconds(order, step):.1f} ms |" for step in (0, 10**3, 10**6)),
+        *(
+            f"| a step's order, at step {step:,} | {milliseconds(order, step):.1f} ms |"
+            for step in (0, 10**3, 10**6)
+        ),
     ]
     table = [
         f"| {nodes} | {share:.1%} | {share * shard_bytes.sum() / 1e9:,.0f} GB | {at_once:,} |"
-        for nodes, (share, at_once) in ((nodes, downloads(sequences, order, nodes, looked)) for nodes in (1, 2, 8, 64, 256))
+        for nodes, (share, at_once) in (
+            (nodes, downloads(sequences, order, nodes, looked)) for nodes in (1, 2, 8, 64, 256)
+        )
     ]
     return TEMPLATE.format(
         tokens=f"{tokens:.0e}".replace("e+", " x 10^").replace("^0", "^"),
@@ -111,7 +125,13 @@ def made_up_manifest(tokens: int, pieces: int) -> dict[str, Any]:
             **{key: sum(int(shard[key]) for shard in shards) for key in ("documents", "tokens")},
             "unigram_entropy": 7.0,
         }
-        files |= {shard["file"]: {"bytes": 2 * shard["tokens"] + 4 * shard["documents"] + 500, "sha256": sha256} for shard in shards}
+        files |= {
+            shard["file"]: {
+                "bytes": 2 * shard["tokens"] + 4 * shard["documents"] + 500,
+                "sha256": sha256,
+            }
+            for shard in shards
+        }
     content = {
         "kind": "shards",
         "tokenizer": sha256,
@@ -127,7 +147,11 @@ def made_up_manifest(tokens: int, pieces: int) -> dict[str, Any]:
 
 def downloads(sequences: Contiguous, order: Shuffled, nodes: int, steps: int) -> tuple[float, int]:
     """Share of the training shards that a node reads in an epoch, from the first steps of one; and most shards in one step."""
-    batches = Batches([Stage(0, 0, BatchPlan(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, nodes), sequences, order)], no_file, 1)
+    batches = Batches(
+        [Stage(0, 0, BatchPlan(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, nodes), sequences, order)],
+        no_file,
+        1,
+    )
     middle = nodes // 2
     read = [batches.shards(step, middle) for step in range(steps)]
     visited = np.unique(order.at(np.arange(steps * GLOBAL_BATCH_SIZE))[1])

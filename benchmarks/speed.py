@@ -90,19 +90,45 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="a text of lines (default: Python's documentation)")
-    parser.add_argument("--config", type=Path, help="recipe of our run on CPU (default: configs/kantai-fast.yaml)")
-    parser.add_argument("--rounds", type=int, help="times that every side is run (default 3; on a GPU 1, of three measurements)")
-    parser.add_argument("--minutes", type=float, help="start no round that would end later than this (default 15; on a GPU 8)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="a text of lines (default: Python's documentation)"
+    )
+    parser.add_argument(
+        "--config", type=Path, help="recipe of our run on CPU (default: configs/kantai-fast.yaml)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="times that every side is run (default 3; on a GPU 1, of three measurements)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="start no round that would end later than this (default 15; on a GPU 8)",
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 where a small model trains less than {MIN_OF_CHECK}x as fast")
-    parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)  # in a process of its own: who, output, config, settings, marks
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"exit with 1 where a small model trains less than {MIN_OF_CHECK}x as fast",
+    )
+    parser.add_argument(
+        "--side", nargs=5, help=argparse.SUPPRESS
+    )  # in a process of its own: who, output, config, settings, marks
     arguments = parser.parse_args()
     if arguments.side:
         side, output, config, settings, marks = arguments.side
         run = load_config(config, json.loads(settings))
-        Path(output).write_text(json.dumps(machine(run.model.hidden_size) if side == "machine" else stock(side, run, json.loads(marks))))
+        Path(output).write_text(
+            json.dumps(
+                machine(run.model.hidden_size)
+                if side == "machine"
+                else stock(side, run, json.loads(marks))
+            )
+        )
         return
     # Asked of PyTorch in another process: this one is to hold no memory of the GPU's while others are timed.
     asked = [sys.executable, "-c", "import torch; assert torch.cuda.is_available()"]
@@ -110,7 +136,9 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # empty: a first start compiles
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+            folder / "inductor"
+        )  # empty: a first start compiles
         vocab_size = 8_000 if arguments.check else 50_265 if on_gpu else 52_000
         data = [*prepare(folder, arguments.corpus, vocab_size, "line"), *ENDLESS]
         if arguments.check:
@@ -119,20 +147,48 @@ def main() -> None:
         limit = 60 * (arguments.minutes or (8 if on_gpu else 15))
         run_rounds(folder, cases, arguments.rounds or (1 if on_gpu else ROUNDS), began + limit)
         content = {case.name: report(case) for case in cases}
-    print(f"{(seconds := time.monotonic() - began) / 60:.1f} minutes; {len(os.sched_getaffinity(0))} cores")
+    print(
+        f"{(seconds := time.monotonic() - began) / 60:.1f} minutes; {len(os.sched_getaffinity(0))} cores"
+    )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"seconds": seconds, **content}, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(
+            json.dumps({"seconds": seconds, **content}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def cpu_case(data: list[str], config: Path | None) -> Case:
     """The tutorial's model, trained by a recipe of ours on sequences of its length."""
-    shape = ["hidden_size=768", "num_hidden_layers=6", "num_attention_heads=12", "intermediate_size=3072", "vocab_size=52000"]
+    shape = [
+        "hidden_size=768",
+        "num_hidden_layers=6",
+        "num_attention_heads=12",
+        "intermediate_size=3072",
+        "vocab_size=52000",
+    ]
     shape.append("max_position_embeddings=514")
     # Each of our steps is as much as three or four of the tutorial's: enough for AdamW's share of the time to be small.
-    settings = [*data, *(f"--model.{setting}" for setting in shape), "--data.seq_len=128", "--batch.global_batch_size=32"]
+    settings = [
+        *data,
+        *(f"--model.{setting}" for setting in shape),
+        "--data.seq_len=128",
+        "--batch.global_batch_size=32",
+    ]
     config = config or ROOT / "configs" / "kantai-fast.yaml"
-    goals = {"tutorial": 6.0, "grouped": 3.0, "packed": 3.0, "machine": 0.7, "first_step_seconds": 20.0}
-    return Case("the tutorial's model", config, settings, ("kantai", "tutorial", "grouped", "packed"), (2, 7), goals)
+    goals = {
+        "tutorial": 6.0,
+        "grouped": 3.0,
+        "packed": 3.0,
+        "machine": 0.7,
+        "first_step_seconds": 20.0,
+    }
+    return Case(
+        "the tutorial's model",
+        config,
+        settings,
+        ("kantai", "tutorial", "grouped", "packed"),
+        (2, 7),
+        goals,
+    )
 
 
 def gpu_cases(data: list[str]) -> list[Case]:
@@ -141,17 +197,44 @@ def gpu_cases(data: list[str]) -> list[Case]:
     for name, rate in (("roberta-base", {"tokens_per_second": 800_000.0}), ("roberta-large", {})):
         config = ROOT / "configs" / f"{name}.yaml"
         rows = 4 * load_config(config).batch.micro_batch_size
-        settings = [*data, "--model.vocab_size=50304", f"--batch.global_batch_size={rows}", "--training.compile=true"]
+        settings = [
+            *data,
+            "--model.vocab_size=50304",
+            f"--batch.global_batch_size={rows}",
+            "--training.compile=true",
+        ]
         settings += ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
         goals = {**rate, "packed": 3.0, "compiled": 3.0, "machine": 0.6, "first_step_seconds": 60.0}
-        found.append(Case(name, config, settings, ("kantai", "again", "eager", "packed", "compiled"), (5, 15, 25, 35), goals))
+        found.append(
+            Case(
+                name,
+                config,
+                settings,
+                ("kantai", "again", "eager", "packed", "compiled"),
+                (5, 15, 25, 35),
+                goals,
+            )
+        )
     return found
 
 
 def small_case(data: list[str]) -> Case:
     """What is over in a minute."""
-    settings = [*data, "--data.seq_len=64", "--batch.global_batch_size=64", "--batch.micro_batch_size=64"]
-    return Case("a small model", ROOT / "configs" / "quickstart.yaml", settings, ("kantai", "packed"), (5, 35), {}, machine=[{"fp32": 1.0}])
+    settings = [
+        *data,
+        "--data.seq_len=64",
+        "--batch.global_batch_size=64",
+        "--batch.micro_batch_size=64",
+    ]
+    return Case(
+        "a small model",
+        ROOT / "configs" / "quickstart.yaml",
+        settings,
+        ("kantai", "packed"),
+        (5, 35),
+        {},
+        machine=[{"fp32": 1.0}],
+    )
 
 
 def check(folder: Path, case: Case) -> int:
@@ -162,9 +245,14 @@ def check(folder: Path, case: Case) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     for number in range(ROUNDS):
         with ThreadPoolExecutor() as pool:
-            runs = pool.map(lambda side, seed=number: run_side(folder, case, side, seed), case.sides)
+            runs = pool.map(
+                lambda side, seed=number: run_side(folder, case, side, seed), case.sides
+            )
             ours, theirs = (run.tokens_per_second[0] for run in runs)
-        print(f"{ours:,.0f} tokens/s, Trainer {theirs:,.0f}: {ours / theirs:.2f}x, at least {MIN_OF_CHECK}x is expected", flush=True)
+        print(
+            f"{ours:,.0f} tokens/s, Trainer {theirs:,.0f}: {ours / theirs:.2f}x, at least {MIN_OF_CHECK}x is expected",
+            flush=True,
+        )
         if ours >= MIN_OF_CHECK * theirs:
             return 0
     return 1
@@ -180,7 +268,10 @@ def run_rounds(folder: Path, cases: list[Case], rounds: int, end: float) -> None
                 found = run_side(folder, case, side, number)
                 case.found.setdefault(side, []).append(found)
                 rates = ", ".join(f"{rate:,.0f}" for rate in found.tokens_per_second)
-                print(f"round {number + 1}, {case.name}, {side}: {rates} tokens/s, {found.first_step_seconds:.1f} s to start", flush=True)
+                print(
+                    f"round {number + 1}, {case.name}, {side}: {rates} tokens/s, {found.first_step_seconds:.1f} s to start",
+                    flush=True,
+                )
         if number + 1 < rounds and 2 * time.monotonic() - start > end:
             print(f"no more rounds than {number + 1} of {rounds}: the next would take too long")
             break
@@ -190,7 +281,11 @@ def run_side(folder: Path, case: Case, side: str, number: int) -> Found:
     """Run one of the sides once."""
     settings = [*case.settings, f"--seed={number}", f"--training.precision={case.precision}"]
     if side in ("kantai", "again", "eager"):
-        return kantai(folder / "run", case, [*settings, *(["--training.compile=false"] if side == "eager" else [])])
+        return kantai(
+            folder / "run",
+            case,
+            [*settings, *(["--training.compile=false"] if side == "eager" else [])],
+        )
     began = time.time()
     logged = in_process(folder, case, side, settings)
     return Found(logged["tokens_per_second"], logged["first_step_time"] - began)
@@ -199,10 +294,19 @@ def run_side(folder: Path, case: Case, side: str, number: int) -> Found:
 def kantai(run: Path, case: Case, settings: list[str]) -> Found:
     """A run of pretrain.py, ended when it has done the steps wanted."""
     log = run.with_suffix(".log")
-    command = [*launch(1), "scripts/pretrain.py", "--config", str(case.config.absolute()), *settings, f"--run_dir={run}"]
+    command = [
+        *launch(1),
+        "scripts/pretrain.py",
+        "--config",
+        str(case.config.absolute()),
+        *settings,
+        f"--run_dir={run}",
+    ]
     began = time.time()
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
     try:
         while len(records := steps_of(run)) < case.marks[-1]:
             if process.poll() is not None:
@@ -214,15 +318,23 @@ def kantai(run: Path, case: Case, settings: list[str]) -> Found:
         process.wait()
     shutil.rmtree(run)
     tokens = [tokens for tokens, _ in work(case, settings, case.marks[-1])]
-    ends = [record["time"] for record in records]  # the clock's, as for the other sides: what lies between steps counts, too
-    rates = [sum(tokens[a:b]) / (ends[b - 1] - ends[a - 1]) for a, b in itertools.pairwise(case.marks)]
+    ends = [
+        record["time"] for record in records
+    ]  # the clock's, as for the other sides: what lies between steps counts, too
+    rates = [
+        sum(tokens[a:b]) / (ends[b - 1] - ends[a - 1]) for a, b in itertools.pairwise(case.marks)
+    ]
     return Found(rates, ends[0] - began)
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """The records of a run's steps so far."""
     path = run / "metrics.jsonl"
-    return [record for record in read_metrics(path) if "speed/step_seconds" in record] if path.exists() else []
+    return (
+        [record for record in read_metrics(path) if "speed/step_seconds" in record]
+        if path.exists()
+        else []
+    )
 
 
 def work(case: Case, settings: list[str], steps: int) -> list[tuple[int, int]]:
@@ -233,12 +345,20 @@ def work(case: Case, settings: list[str], steps: int) -> list[tuple[int, int]]:
 
     data = open_data(load_config(case.config, [*settings, "--run_dir=unused"]))
     with torch.device("meta"):
-        shape = build_model(data.config.model, data.vocabulary, seq_len=data.config.data.seq_len, seed=data.config.seed).config
+        shape = build_model(
+            data.config.model,
+            data.vocabulary,
+            seq_len=data.config.data.seq_len,
+            seed=data.config.seed,
+        ).config
     batches, found = data.training_batches(1), []
     for step in range(steps):
         steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
         shown = [batches.micro_batch(step, step, 0) for step in steps]
-        sizes = [(batch.tokens, batch.attended_pairs, int((batch.labels != IGNORED_LABEL).sum())) for batch in shown]
+        sizes = [
+            (batch.tokens, batch.attended_pairs, int((batch.labels != IGNORED_LABEL).sum()))
+            for batch in shown
+        ]
         tokens, pairs, masked = map(sum, zip(*sizes, strict=True))
         found.append((tokens, training_flops(shape, tokens, pairs, masked)))
     return found
@@ -252,7 +372,9 @@ def machine(hidden: int) -> dict[str, float]:
     device = "cuda" if on_gpu else "cpu"
 
     def rate(dtype: torch.dtype, rows: int, inner: int, outer: int, seconds: float) -> float:
-        left, right = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, outer)))
+        left, right = (
+            torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, outer))
+        )
         products, start = -1, 0.0  # one to warm up
         while products < 1 or time.perf_counter() < start + seconds:
             for _ in range(20 if on_gpu else 1):
@@ -261,13 +383,30 @@ def machine(hidden: int) -> dict[str, float]:
                 torch.cuda.synchronize()
             products += 1
             start = time.perf_counter() if products == 0 else start
-        return (20 if on_gpu else 1) * 2.0 * rows * inner * outer * products / (time.perf_counter() - start)
+        return (
+            (20 if on_gpu else 1)
+            * 2.0
+            * rows
+            * inner
+            * outer
+            * products
+            / (time.perf_counter() - start)
+        )
 
     shapes = [(hidden, 4 * hidden), (4 * hidden, hidden), *([(8192, 8192)] if on_gpu else [])]
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    tried = {name: rate(dtype, 8192 if on_gpu else 256, *shapes[0], 0.5) for name, dtype in dtypes.items()}
+    tried = {
+        name: rate(dtype, 8192 if on_gpu else 256, *shapes[0], 0.5)
+        for name, dtype in dtypes.items()
+    }
     best = max(tried, key=tried.__getitem__)
-    return {**tried, best: max(tried[best], *(rate(dtypes[best], 32768 if on_gpu else 8192, *shape, 1.0) for shape in shapes))}
+    return {
+        **tried,
+        best: max(
+            tried[best],
+            *(rate(dtypes[best], 32768 if on_gpu else 8192, *shape, 1.0) for shape in shapes),
+        ),
+    }
 
 
 def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
@@ -287,8 +426,16 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
 
     on_gpu, data = torch.cuda.is_available(), open_data(config)
     plan = BatchPlan(config.batch.global_batch_size, config.batch.micro_batch_size, 1)
-    rows, steps = (LINES, 1) if side in ("tutorial", "grouped") else (plan.micro_batch_size, plan.gradient_accumulation_steps)
-    examples = list(itertools.islice(itertools.cycle(stock_sequences(side, data, marks)), marks[-1] * rows * steps))
+    rows, steps = (
+        (LINES, 1)
+        if side in ("tutorial", "grouped")
+        else (plan.micro_batch_size, plan.gradient_accumulation_steps)
+    )
+    examples = list(
+        itertools.islice(
+            itertools.cycle(stock_sequences(side, data, marks)), marks[-1] * rows * steps
+        )
+    )
     times: dict[int, float] = {}
 
     class Clock(TrainerCallback):
@@ -299,13 +446,19 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
                 times[state.global_step] = time.time()
 
     if side == "tutorial":
-        shape = RobertaConfig(vocab_size=52_000, max_position_embeddings=514, num_hidden_layers=6, type_vocab_size=1)
+        shape = RobertaConfig(
+            vocab_size=52_000, max_position_embeddings=514, num_hidden_layers=6, type_vocab_size=1
+        )
         best: dict[str, Any] = {}
     else:
         with torch.device("meta"):
-            shape = build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed).config
+            shape = build_model(
+                config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
+            ).config
         # On CPUs PyTorch's fused attention costs Trainer a tenth in bf16.
-        shape._attn_implementation = "eager" if not on_gpu and config.training.precision == "bf16" else "sdpa"
+        shape._attn_implementation = (
+            "eager" if not on_gpu and config.training.precision == "bf16" else "sdpa"
+        )
         best = {
             "bf16": config.training.precision == "bf16",
             "dataloader_num_workers": min(8, len(os.sched_getaffinity(0)) - 1) if on_gpu else 0,
@@ -336,14 +489,27 @@ def stock(side: str, config: Config, marks: list[int]) -> dict[str, Any]:
             train_dataset=[example_of(ids, data.vocabulary, bool(best)) for ids in examples],
             callbacks=[Clock()],
         ).train()
-    tokens = [sum(map(len, examples[a * rows * steps : b * rows * steps])) for a, b in itertools.pairwise(marks)]
-    rates = [of_all / (times[b] - times[a]) for of_all, (a, b) in zip(tokens, itertools.pairwise(marks), strict=True)]
+    tokens = [
+        sum(map(len, examples[a * rows * steps : b * rows * steps]))
+        for a, b in itertools.pairwise(marks)
+    ]
+    rates = [
+        of_all / (times[b] - times[a])
+        for of_all, (a, b) in zip(tokens, itertools.pairwise(marks), strict=True)
+    ]
     return {"tokens_per_second": rates, "first_step_time": times[1]}
 
 
 def example_of(ids: list[int], vocabulary: Vocabulary, masked_before: bool) -> dict[str, list[int]]:
     """A row for the collator; run_mlm.py finds out beforehand which tokens are special, the tutorial leaves that to the collator."""
-    return {"input_ids": ids, **({"special_tokens_mask": [int(token in vocabulary.special_ids) for token in ids]} if masked_before else {})}
+    return {
+        "input_ids": ids,
+        **(
+            {"special_tokens_mask": [int(token in vocabulary.special_ids) for token in ids]}
+            if masked_before
+            else {}
+        ),
+    }
 
 
 def stock_sequences(side: str, data: Data, marks: list[int]) -> list[list[int]]:
@@ -351,21 +517,33 @@ def stock_sequences(side: str, data: Data, marks: list[int]) -> list[list[int]]:
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     seq_len, vocabulary = data.config.data.seq_len, data.vocabulary
-    documents = (shard.tokens[a:b].tolist() for shard in data.shards.splits["train"] for a, b in itertools.pairwise(shard.boundaries))
+    documents = (
+        shard.tokens[a:b].tolist()
+        for shard in data.shards.splits["train"]
+        for a, b in itertools.pairwise(shard.boundaries)
+    )
     lines = [[vocabulary.bos_id, *document] for document in documents]
     mixed = random.Random(data.config.seed)
     if side in ("packed", "compiled"):
         text = list(itertools.chain(*lines))
-        blocks = [text[start : start + seq_len] for start in range(0, len(text) - seq_len + 1, seq_len)]
+        blocks = [
+            text[start : start + seq_len] for start in range(0, len(text) - seq_len + 1, seq_len)
+        ]
         mixed.shuffle(blocks)
         return blocks
     mixed.shuffle(lines)
-    lines = [line if len(line) <= seq_len else [*line[: seq_len - 1], vocabulary.eos_id] for line in lines]
+    lines = [
+        line if len(line) <= seq_len else [*line[: seq_len - 1], vocabulary.eos_id]
+        for line in lines
+    ]
     if side == "tutorial":
         return lines
     # An epoch goes from long lines to short ones again and again: of its batches, the few to be timed are spread over all lengths.
     order = get_length_grouped_indices([len(line) for line in lines], LINES)
-    batches = [[lines[place] for place in order[start : start + LINES]] for start in range(0, len(order) - LINES + 1, LINES)]
+    batches = [
+        [lines[place] for place in order[start : start + LINES]]
+        for start in range(0, len(order) - LINES + 1, LINES)
+    ]
     batches.sort(key=lambda batch: sum(map(len, batch)))
     timed = marks[-1] - marks[0]
     chosen = [batches[(2 * number + 1) * len(batches) // (2 * timed)] for number in range(timed)]
@@ -377,30 +555,61 @@ def report(case: Case) -> dict[str, Any]:
     tokens, flops = map(sum, zip(*work(case, case.settings, case.marks[-1]), strict=True))
     limits = [rates[case.precision] / flops * tokens for rates in case.machine]
     limit = median(limits)
-    rates = {side: [rate for run in case.found[side] for rate in run.tokens_per_second] for side in case.sides}
+    rates = {
+        side: [rate for run in case.found[side] for rate in run.tokens_per_second]
+        for side in case.sides
+    }
     starts = {side: max(run.first_step_seconds for run in case.found[side]) for side in case.sides}
-    faster = {side: median(ours / theirs for ours, theirs in zip(rates["kantai"], rates[side], strict=True)) for side in case.sides}
+    faster = {
+        side: median(
+            ours / theirs for ours, theirs in zip(rates["kantai"], rates[side], strict=True)
+        )
+        for side in case.sides
+    }
     ours = median(rates["kantai"])
     share = {
-        side: median(median(run.tokens_per_second) / of for run, of in zip(case.found[side], limits, strict=True)) for side in case.sides
+        side: median(
+            median(run.tokens_per_second) / of
+            for run, of in zip(case.found[side], limits, strict=True)
+        )
+        for side in case.sides
     }
-    print(f"\n| {case.name}, {case.precision} | content tokens/s | of the limit | first step after | kantai is |\n|---|---|---|---|---|")
+    print(
+        f"\n| {case.name}, {case.precision} | content tokens/s | of the limit | first step after | kantai is |\n|---|---|---|---|---|"
+    )
     for side in case.sides:
         rate = median(rates[side])
-        print(f"| {SIDES[side]} | {rate:,.0f} | {share[side]:.0%} | {starts[side]:.1f} s | {faster[side]:.2f}x |")
-    needed = f"{flops / tokens / 1e6:,.0f} MFLOP a token, {limit * flops / tokens / 1e9:,.0f} GFLOP/s"
+        print(
+            f"| {SIDES[side]} | {rate:,.0f} | {share[side]:.0%} | {starts[side]:.1f} s | {faster[side]:.2f}x |"
+        )
+    needed = (
+        f"{flops / tokens / 1e6:,.0f} MFLOP a token, {limit * flops / tokens / 1e9:,.0f} GFLOP/s"
+    )
     print(f"| the machine's limit: {needed} | {limit:,.0f} | 100% | | {share['kantai']:.2f}x |\n")
-    measured = {**faster, "machine": share["kantai"], "first_step_seconds": starts["kantai"], "tokens_per_second": ours}
+    measured = {
+        **faster,
+        "machine": share["kantai"],
+        "first_step_seconds": starts["kantai"],
+        "tokens_per_second": ours,
+    }
     for name, goal in case.goals.items():
         most = name.endswith("_seconds")
         met = measured[name] <= goal if most else measured[name] >= goal
-        print(f"{name}: {measured[name]:,.2f}, {'met' if met else 'not met'}: {'at most' if most else 'at least'} {goal:,g}")
+        print(
+            f"{name}: {measured[name]:,.2f}, {'met' if met else 'not met'}: {'at most' if most else 'at least'} {goal:,g}"
+        )
     raw = {
         "settings": case.settings,
         "machine": case.machine,
         "sides": {side: [vars(run) for run in case.found[side]] for side in case.sides},
     }
-    return {"precision": case.precision, "flops_per_token": flops / tokens, "measured": measured, "goals": case.goals, **raw}
+    return {
+        "precision": case.precision,
+        "flops_per_token": flops / tokens,
+        "measured": measured,
+        "goals": case.goals,
+        **raw,
+    }
 
 
 def in_process(folder: Path, case: Case, side: str, settings: list[str]) -> dict[str, Any]:

@@ -57,7 +57,11 @@ class Backend:
 
     def moved(self, micro_steps: int, gpus: int) -> float:
         """Through each GPU in a step, in weights' bytes."""
-        return (self.every_micro_step * micro_steps + self.last_micro_step + self.after_step) * (gpus - 1) / gpus
+        return (
+            (self.every_micro_step * micro_steps + self.last_micro_step + self.after_step)
+            * (gpus - 1)
+            / gpus
+        )
 
 
 BACKENDS = {
@@ -88,16 +92,34 @@ class Cluster:
     latency: float = 2e-5
     overlap: bool = True
 
-    def moving_seconds(self, backend: Backend, units: int, weights_bytes: float, gpus: int) -> float:
+    def moving_seconds(
+        self, backend: Backend, units: int, weights_bytes: float, gpus: int
+    ) -> float:
         """For so many times the weights."""
-        nodes, moved = math.ceil(gpus / self.gpus_per_node), units * weights_bytes * (gpus - 1) / gpus
+        nodes, moved = (
+            math.ceil(gpus / self.gpus_per_node),
+            units * weights_bytes * (gpus - 1) / gpus,
+        )
         bandwidth = self.inside if nodes == 1 else min(self.inside, self.outside)
-        return moved / bandwidth + math.ceil(moved / backend.bucket_bytes) * math.log2(nodes) * self.latency
+        return (
+            moved / bandwidth
+            + math.ceil(moved / backend.bucket_bytes) * math.log2(nodes) * self.latency
+        )
 
-    def step_seconds(self, backend: Backend, weights_bytes: float, micro_step_seconds: float, micro_steps: int, gpus: int) -> float:
+    def step_seconds(
+        self,
+        backend: Backend,
+        weights_bytes: float,
+        micro_step_seconds: float,
+        micro_steps: int,
+        gpus: int,
+    ) -> float:
         """The model."""
         units = backend.every_micro_step * micro_steps + backend.last_micro_step
-        moving, after = (self.moving_seconds(backend, each, weights_bytes, gpus) for each in (units, backend.after_step))
+        moving, after = (
+            self.moving_seconds(backend, each, weights_bytes, gpus)
+            for each in (units, backend.after_step)
+        )
         hiding = micro_steps if backend.every_micro_step else 1
         hidden = backend.hidden * micro_step_seconds * hiding if self.overlap else 0.0
         return micro_steps * micro_step_seconds + max(0.0, moving - hidden) + after
@@ -117,23 +139,67 @@ GPUS = (8, 64, 1024)
 BERT_LARGE_BYTES = 2 * 336e6
 PUBLISHED = [
     # cluster, rows a GPU, tokens a row, sequences a second by nodes
-    (Cluster("DGX-1, 8 V100", 8, 0, 130e9, 0.8 * 50e9, overlap=False), 16, 128, {1: 874.24, 4: 3089.76, 16: 12144.64}),
-    (Cluster("DGX-1, 8 V100", 8, 0, 130e9, 0.8 * 50e9, overlap=False), 4, 512, {1: 195.93, 4: 700.16, 16: 2746.37}),
-    (Cluster("DGX-2H, 16 V100", 16, 0, 130e9, 0.8 * 100e9, overlap=False), 64, 128, {1: 3379.2, 4: 12709.88, 16: 51937.28, 64: 188088.32}),
-    (Cluster("DGX-2H, 16 V100", 16, 0, 130e9, 0.8 * 100e9, overlap=False), 8, 512, {1: 625.66, 4: 2386.38, 16: 9932.8, 64: 37478.4}),
+    (
+        Cluster("DGX-1, 8 V100", 8, 0, 130e9, 0.8 * 50e9, overlap=False),
+        16,
+        128,
+        {1: 874.24, 4: 3089.76, 16: 12144.64},
+    ),
+    (
+        Cluster("DGX-1, 8 V100", 8, 0, 130e9, 0.8 * 50e9, overlap=False),
+        4,
+        512,
+        {1: 195.93, 4: 700.16, 16: 2746.37},
+    ),
+    (
+        Cluster("DGX-2H, 16 V100", 16, 0, 130e9, 0.8 * 100e9, overlap=False),
+        64,
+        128,
+        {1: 3379.2, 4: 12709.88, 16: 51937.28, 64: 188088.32},
+    ),
+    (
+        Cluster("DGX-2H, 16 V100", 16, 0, 130e9, 0.8 * 100e9, overlap=False),
+        8,
+        512,
+        {1: 625.66, 4: 2386.38, 16: 9932.8, 64: 37478.4},
+    ),
 ]
 
 # What is run here: weights of 23 MB, two micro-steps a step.
-ROWS, MICRO_STEPS, FEW, MANY = 16, 2, 4, 24  # rows a rank and step; steps of a short run and a long one
-MODEL = ["hidden_size=256", "num_hidden_layers=2", "num_attention_heads=4", "intermediate_size=1024"]
-SETTINGS = [*(f"--model.{setting}" for setting in MODEL), "--data.seq_len=64", f"--batch.micro_batch_size={ROWS // MICRO_STEPS}"]
-SETTINGS += ["--evaluation.every_steps=1000", "--evaluation.max_sequences=2", "--checkpoint.every_steps=1000"]
+ROWS, MICRO_STEPS, FEW, MANY = (
+    16,
+    2,
+    4,
+    24,
+)  # rows a rank and step; steps of a short run and a long one
+MODEL = [
+    "hidden_size=256",
+    "num_hidden_layers=2",
+    "num_attention_heads=4",
+    "intermediate_size=1024",
+]
+SETTINGS = [
+    *(f"--model.{setting}" for setting in MODEL),
+    "--data.seq_len=64",
+    f"--batch.micro_batch_size={ROWS // MICRO_STEPS}",
+]
+SETTINGS += [
+    "--evaluation.every_steps=1000",
+    "--evaluation.max_sequences=2",
+    "--checkpoint.every_steps=1000",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="hold the model against runs on this machine's CPU")
-    parser.add_argument("--collectives", nargs=2, help=argparse.SUPPRESS)  # inside a launch: output, bytes
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="hold the model against runs on this machine's CPU"
+    )
+    parser.add_argument(
+        "--collectives", nargs=2, help=argparse.SUPPRESS
+    )  # inside a launch: output, bytes
     arguments = parser.parse_args()
     if arguments.collectives:
         collectives(Path(arguments.collectives[0]), int(arguments.collectives[1]))
@@ -149,18 +215,32 @@ def main() -> None:
 def measure(folder: Path) -> None:
     """One rank beside another of its own, and two together, under every backend; each of one thread."""
     settings = [*prepare(folder, vocab_size=16000), *SETTINGS]
-    weights_bytes = bytes_of(model_of(load_config(ROOT / "configs" / "quickstart.yaml", ["--run_dir=unused", *settings]), 16000))
+    weights_bytes = bytes_of(
+        model_of(
+            load_config(ROOT / "configs" / "quickstart.yaml", ["--run_dir=unused", *settings]),
+            16000,
+        )
+    )
     sent = start([*launch(2), __file__, "--collectives", str(folder / "rate"), str(weights_bytes)])
     finish([sent])
     rate = float((folder / "rate").read_text())
-    machine = Cluster("this one", 2, 0, rate, rate, overlap=False)  # two cores: whoever moves does not compute
-    print(f"Two ranks of one thread over gloo; weights of {weights_bytes / 1e6:.0f} MB, {MICRO_STEPS} micro-steps;", end=" ")
+    machine = Cluster(
+        "this one", 2, 0, rate, rate, overlap=False
+    )  # two cores: whoever moves does not compute
+    print(
+        f"Two ranks of one thread over gloo; weights of {weights_bytes / 1e6:.0f} MB, {MICRO_STEPS} micro-steps;",
+        end=" ",
+    )
     print(f"all-reduce of all: {weights_bytes / rate:.3f} s\n")
-    print("| backend | moved a step, counted on the wire | by the model | one rank | two, measured | by the model | weak scaling |")
+    print(
+        "| backend | moved a step, counted on the wire | by the model | one rank | two, measured | by the model | weak scaling |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, backend in BACKENDS.items():
         config = "cpu" if name == "ddp" else name
-        alone = [run(folder / f"{name}-alone-{number}", settings, config, 1, MANY) for number in range(2)]
+        alone = [
+            run(folder / f"{name}-alone-{number}", settings, config, 1, MANY) for number in range(2)
+        ]
         finish([process for process, _ in alone])
         one = median(seconds(path) for _, path in alone)
         wire = []
@@ -173,22 +253,34 @@ def measure(folder: Path) -> None:
         counted = (wire[1] - wire[0]) / (MANY - FEW) / 2  # each of two ranks sends half of it
         model = machine.step_seconds(backend, weights_bytes, one / MICRO_STEPS, MICRO_STEPS, 2)
         moved = backend.moved(MICRO_STEPS, 2) * weights_bytes
-        print(f"| {name} | {counted / 1e6:.1f} MB | {moved / 1e6:.1f} MB | {one:.3f} s | {two:.3f} s | {model:.3f} s | {one / two:.0%} |")
+        print(
+            f"| {name} | {counted / 1e6:.1f} MB | {moved / 1e6:.1f} MB | {one:.3f} s | {two:.3f} s | {model:.3f} s | {one / two:.0%} |"
+        )
     print()
 
 
 def published() -> None:
     """The model against what others measured."""
-    print("| BERT-large in fp16, sequences/s | nodes | published | by the model | off |\n|---|---|---|---|---|")
+    print(
+        "| BERT-large in fp16, sequences/s | nodes | published | by the model | off |\n|---|---|---|---|---|"
+    )
     for cluster, rows, tokens, rates in PUBLISHED:
         after_backward = Backend(0, 2, 0, 0.0, 100e6)
         batch = rows * cluster.gpus_per_node
-        compute = batch / rates[1] - cluster.step_seconds(after_backward, BERT_LARGE_BYTES, 0, 1, cluster.gpus_per_node)
+        compute = batch / rates[1] - cluster.step_seconds(
+            after_backward, BERT_LARGE_BYTES, 0, 1, cluster.gpus_per_node
+        )
         for nodes, rate in rates.items():
             gpus = nodes * cluster.gpus_per_node
-            model = nodes * batch / cluster.step_seconds(after_backward, BERT_LARGE_BYTES, compute, 1, gpus)
+            model = (
+                nodes
+                * batch
+                / cluster.step_seconds(after_backward, BERT_LARGE_BYTES, compute, 1, gpus)
+            )
             given = "taken from it" if nodes == 1 else f"{model / rate - 1:+.1%}"
-            print(f"| {cluster.name}, {rows} rows of {tokens} a GPU | {nodes} | {rate:,.0f} | {model:,.0f} | {given} |")
+            print(
+                f"| {cluster.name}, {rows} rows of {tokens} a GPU | {nodes} | {rate:,.0f} | {model:,.0f} | {given} |"
+            )
     print()
 
 
@@ -197,15 +289,28 @@ def predicted(name: str, config: Config) -> None:
     from kantai.model.roberta import training_flops
 
     model, tokens = model_of(config, 50265), config.data.seq_len
-    weights_bytes, flops = bytes_of(model), training_flops(model.config, tokens, tokens**2, round(config.masking.ratio * tokens))
+    weights_bytes, flops = (
+        bytes_of(model),
+        training_flops(model.config, tokens, tokens**2, round(config.masking.ratio * tokens)),
+    )
     per_step = config.batch.global_batch_size
-    print(f"| {name}, {per_step} rows of {tokens} a step | GPUs | micro-steps x rows | {' | '.join(BACKENDS)} |")
+    print(
+        f"| {name}, {per_step} rows of {tokens} a step | GPUs | micro-steps x rows | {' | '.join(BACKENDS)} |"
+    )
     print(f"|---|---|---|{'---|' * len(BACKENDS)}")
     for cluster, gpus in itertools.product(CLUSTERS, GPUS):
         plan = BatchPlan(per_step, config.batch.micro_batch_size, gpus)
-        steps, compute = plan.gradient_accumulation_steps, plan.micro_batch_size * flops / cluster.flops_per_second
-        shares = [steps * compute / cluster.step_seconds(backend, weights_bytes, compute, steps, gpus) for backend in BACKENDS.values()]
-        print(f"| {cluster.name} | {gpus} | {steps} x {plan.micro_batch_size} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+        steps, compute = (
+            plan.gradient_accumulation_steps,
+            plan.micro_batch_size * flops / cluster.flops_per_second,
+        )
+        shares = [
+            steps * compute / cluster.step_seconds(backend, weights_bytes, compute, steps, gpus)
+            for backend in BACKENDS.values()
+        ]
+        print(
+            f"| {cluster.name} | {gpus} | {steps} x {plan.micro_batch_size} | {' | '.join(f'{share:.0%}' for share in shares)} |"
+        )
     print()
 
 
@@ -226,10 +331,23 @@ def bytes_of(model: Any) -> int:
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
-def run(path: Path, settings: Sequence[str], backend: str, ranks: int, steps: int) -> tuple["subprocess.Popen[str]", Path]:
+def run(
+    path: Path, settings: Sequence[str], backend: str, ranks: int, steps: int
+) -> tuple["subprocess.Popen[str]", Path]:
     """Start pretrain.py with so many rows a rank."""
-    sizes = [f"--batch.global_batch_size={ROWS * ranks}", f"--training.max_steps={steps}", "--optimizer.warmup_steps=1"]
-    script = ["scripts/pretrain.py", "--config", "configs/quickstart.yaml", *settings, *sizes, f"--run_dir={path}"]
+    sizes = [
+        f"--batch.global_batch_size={ROWS * ranks}",
+        f"--training.max_steps={steps}",
+        "--optimizer.warmup_steps=1",
+    ]
+    script = [
+        "scripts/pretrain.py",
+        "--config",
+        "configs/quickstart.yaml",
+        *settings,
+        *sizes,
+        f"--run_dir={path}",
+    ]
     return start([*launch(ranks, backend), *script]), path
 
 
@@ -256,7 +374,9 @@ def finish(processes: list["subprocess.Popen[str]"]) -> None:
 def seconds(path: Path) -> float:
     """Median of a run's steps, but for the first few."""
     records = (json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines())
-    return median([record["speed/step_seconds"] for record in records if "speed/step_seconds" in record][3:])
+    return median(
+        [record["speed/step_seconds"] for record in records if "speed/step_seconds" in record][3:]
+    )
 
 
 def loopback_bytes() -> int:

@@ -20,19 +20,37 @@ from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from kantai.preprocessing.tokenizer_training import train_tokenizer
 from kantai.storage.atomic import staged
+from tests.helpers import commands
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none shall pass or fail by it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# How long an example takes says how busy the machine is.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+# The same examples every time, so that a failure is a change's and not chance's, and no deadline: how long one takes says how busy the machine is.
+# pytest --hypothesis-profile=exploring looks at others.
+settings.register_profile(
+    "same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile("exploring", settings.get_profile("same"), derandomize=False)
+settings.load_profile("same")
 
 CORPUS_CHARACTERS = 350_000
 VOCAB_SIZE = 1000
 HELD_OUT_SHARE = 0.05
-LONGEST = ("test_training.py", "test_slurm.py", "test_backends.py", "test_stream.py", "test_verify.py")
+LOGS = ("*.log", "*.out", "stacks/*.txt")
+LONGEST = (
+    "test_training.py",
+    "test_slurm.py",
+    "test_backends.py",
+    "test_stream.py",
+    "test_verify.py",
+)
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where programs write what they say."""
+    commands.outputs = tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="session")
@@ -49,27 +67,50 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -
     """A tokenizer of 1,000 entries, sealed as ``scripts/train_tokenizer.py`` seals it."""
     target = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     with staged(target, kind="tokenizer") as folder:
-        texts = (text for piece in pieces(find_files([str(corpus_file)]), "paragraph") for text in documents(piece, "paragraph"))
+        texts = (
+            text
+            for piece in pieces(find_files([str(corpus_file)]), "paragraph")
+            for text in documents(piece, "paragraph")
+        )
         save_tokenizer(train_tokenizer(texts, VOCAB_SIZE, 2), folder)
     return target
 
 
 @pytest.fixture(scope="session")
-def shards_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
+def shards_dir(
+    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
+) -> Path:
     """The text's paragraphs as shards, a twentieth of them held out."""
     return make_shards(tmp_path_factory.mktemp("shards") / "shards", corpus_file, tokenizer_dir)
 
 
 @pytest.fixture(scope="session")
-def many_shards_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path) -> Path:
+def many_shards_dir(
+    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
+) -> Path:
     """The same in some twenty shards."""
-    return make_shards(tmp_path_factory.mktemp("many") / "shards", corpus_file, tokenizer_dir, CORPUS_CHARACTERS // 20)
+    return make_shards(
+        tmp_path_factory.mktemp("many") / "shards",
+        corpus_file,
+        tokenizer_dir,
+        CORPUS_CHARACTERS // 20,
+    )
 
 
-def make_shards(target: Path, corpus_file: Path, tokenizer_dir: Path, piece_bytes: int | None = None) -> Path:
+def make_shards(
+    target: Path, corpus_file: Path, tokenizer_dir: Path, piece_bytes: int | None = None
+) -> Path:
     """Shards of a text's paragraphs, made by the real functions in this process."""
     cut = pieces(find_files([str(corpus_file)]), "paragraph", piece_bytes)
-    job = Job(cut, "paragraph", "text", tokenizer_dir, target, {"input": [str(corpus_file)], "document": "paragraph"}, HELD_OUT_SHARE)
+    job = Job(
+        cut,
+        "paragraph",
+        "text",
+        tokenizer_dir,
+        target,
+        {"input": [str(corpus_file)], "document": "paragraph"},
+        HELD_OUT_SHARE,
+    )
     tokenize(job, processes=1)
     merge(job)
     return target
@@ -77,12 +118,47 @@ def make_shards(target: Path, corpus_file: Path, tokenizer_dir: Path, piece_byte
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: else one core waits for them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
+
+
+def pytest_runtest_setup() -> None:
+    """What an earlier test that failed has left running would only be in the way."""
+    for program in commands.started:
+        if program.poll() is None:
+            program.kill_all()
+    commands.started.clear()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    return _without_skipping((yield))
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows the ends of what its programs have said, and of their logs."""
+    report = yield
+    if report.failed:
+        report.sections += [
+            (f"program {number}", program.report())
+            for number, program in enumerate(commands.started, 1)
+        ]
+        fixtures = getattr(item, "funcargs", {}).values()
+        folders = [value for value in fixtures if isinstance(value, Path)] + [
+            value.logs for value in fixtures if hasattr(value, "logs")
+        ]
+        logs = {
+            path
+            for folder in folders
+            for pattern in LOGS
+            for path in folder.rglob(pattern)
+            if path.is_file()
+        }
+        report.sections += [
+            (str(path), commands.end_of(path.read_text(errors="replace"))) for path in sorted(logs)
+        ]
+    return _without_skipping(report)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,7 +18,10 @@ from kantai.preprocessing.tokenizer_training import train_tokenizer
 run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path({str(tmp_path)!r})))
 """
     ran = run_python(code)
-    assert (ran.returncode, ran.stderr) == (2, "error: no space left on the device: free some and run the same command again\n")
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "error: no space left on the device: free some and run the same command again\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,10 @@ run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path(
             "__import__('safetensors').SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')",
             "error: no space left on the device: free some and run the same command again\n",
         ),
-        ("PermissionError(13, 'Permission denied', '/root/x')", "error: Permission denied: /root/x\n"),
+        (
+            "PermissionError(13, 'Permission denied', '/root/x')",
+            "error: Permission denied: /root/x\n",
+        ),
         (
             "OSError(28, 'No space left on device', '/data/x')",
             "error: no space left on /data/x: free some and run the same command again\n",
@@ -38,10 +44,14 @@ run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path(
     ],
 )
 def test_commands_fail_in_one_line(raised: str, message: str) -> None:
-    ran = run_python(f"from kantai.errors import UserError, run_command\ndef main():\n    raise {raised}\nrun_command(main)")
+    ran = run_python(
+        f"from kantai.errors import UserError, run_command\ndef main():\n    raise {raised}\nrun_command(main)"
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", message)
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input() -> None:
-    ran = run_python("from kantai.errors import run_command\ndef main():\n    raise RuntimeError('a bug')\nrun_command(main)")
+    ran = run_python(
+        "from kantai.errors import run_command\ndef main():\n    raise RuntimeError('a bug')\nrun_command(main)"
+    )
     assert ran.returncode == 1 and "Traceback" in ran.stderr and "RuntimeError: a bug" in ran.stderr

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kantai"
 
 # The order that the package's own docstring prints, bottom first.
-ORDER = [name.removesuffix(".py") for name in re.findall(r"^    (\w+(?:\.py|/)) ", kantai.__doc__ or "", re.M)]
+ORDER = [
+    name.removesuffix(".py")
+    for name in re.findall(r"^    (\w+(?:\.py|/)) ", kantai.__doc__ or "", re.M)
+]
 ORDER = [name.rstrip("/") for name in ORDER]
 TORCH_FREE = ("errors", "config", "storage", "cluster", "preprocessing")
 
@@ -33,22 +36,34 @@ def imported(path: Path) -> set[str]:
 
 def files(folder: str) -> list[Path]:
     """The files of a folder of the package, or its one file."""
-    return [PACKAGE / f"{folder}.py"] if (PACKAGE / f"{folder}.py").exists() else sorted((PACKAGE / folder).glob("*.py"))
+    return (
+        [PACKAGE / f"{folder}.py"]
+        if (PACKAGE / f"{folder}.py").exists()
+        else sorted((PACKAGE / folder).glob("*.py"))
+    )
 
 
 def folders(path: Path) -> set[str]:
     """Folders of the package that a file imports from."""
-    return {name.split(".")[1] for name in imported(path) if name.startswith("kantai.")} & set(ORDER)
+    return {name.split(".")[1] for name in imported(path) if name.startswith("kantai.")} & set(
+        ORDER
+    )
 
 
 def modules(path: Path) -> set[Path]:
     """Files of the package that a file imports."""
-    found = (PACKAGE.parent / f"{name.replace('.', '/')}.py" for name in imported(path) if name.startswith("kantai"))
+    found = (
+        PACKAGE.parent / f"{name.replace('.', '/')}.py"
+        for name in imported(path)
+        if name.startswith("kantai")
+    )
     return {file for file in found if file.exists()}
 
 
 def test_the_docstring_lists_every_folder() -> None:
-    there = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    there = {
+        path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")
+    }
     assert set(ORDER) == there - {"__init__"}
     assert len(ORDER) == len(set(ORDER))
 
@@ -68,14 +83,20 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not graph
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name
+)
 def test_packages_hold_a_docstring_alone(path: Path) -> None:
     docstring, *rest = ast.parse(path.read_text(encoding="utf-8")).body
     assert isinstance(docstring, ast.Expr)
-    assert [ast.unparse(node).split(" = ")[0] for node in rest] == (["__version__"] if path.parent == PACKAGE else [])
+    assert [ast.unparse(node).split(" = ")[0] for node in rest] == (
+        ["__version__"] if path.parent == PACKAGE else []
+    )
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
     found = {name.split(".")[0] for name in imported(path)}
     folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -88,5 +109,7 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
 def test_looking_at_a_run_needs_no_torch() -> None:
     """``pretrain.py --check`` and every complaint about bad input come before the seconds that torch takes."""
     code = "import sys, kantai.training.run_dir; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert ran.stdout == "quick\n"

@@ -12,23 +12,35 @@ from safetensors.torch import save_file
 from kantai.checkpoint.state import Snapshot
 
 
-def test_what_is_written_is_compared_with_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_compared_with_what_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = {"a": torch.tensor([[math.nan, -0.0]]), "b": torch.tensor(1.0)}
     snapshot = Snapshot("state", tensors, {"steps": 1.0})
     name, entry = snapshot.save(tmp_path)
     assert (name, entry["bytes"]) == ("state", (tmp_path / "state").stat().st_size)
 
     def faulty(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save_file({**tensors, "b": (tensors["b"].view(torch.int32) ^ 1).view(torch.float32)}, path, metadata)
+        save_file(
+            {**tensors, "b": (tensors["b"].view(torch.int32) ^ 1).view(torch.float32)},
+            path,
+            metadata,
+        )
 
     monkeypatch.setattr("kantai.checkpoint.state.save_file", faulty)
     with pytest.raises(OSError, match=r"/state has another b than was written"):
         snapshot.save(tmp_path)
 
 
-def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_room_shows_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a quota does, and a disk that others fill."""
-    snapshot = Snapshot("state", {f"tensor-{number}-{'x' * 100}": torch.zeros(3, 4) for number in range(50)}, {"steps": 1.0})
+    snapshot = Snapshot(
+        "state",
+        {f"tensor-{number}-{'x' * 100}": torch.zeros(3, 4) for number in range(50)},
+        {"steps": 1.0},
+    )
     asked: list[int] = []
     monkeypatch.setattr(os, "posix_fallocate", lambda _, start, size: asked.append(start + size))
     _, entry = snapshot.save(tmp_path)
@@ -38,7 +50,9 @@ def test_a_lack_of_room_shows_before_anything_is_written(tmp_path: Path, monkeyp
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    monkeypatch.setattr("kantai.checkpoint.state.save_file", lambda *_, **__: pytest.fail("was written"))
+    monkeypatch.setattr(
+        "kantai.checkpoint.state.save_file", lambda *_, **__: pytest.fail("was written")
+    )
     with pytest.raises(OSError, match="quota exceeded"):
         snapshot.save(tmp_path)
     assert list(tmp_path.iterdir()) == []

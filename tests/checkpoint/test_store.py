@@ -50,7 +50,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert store.newest_valid() == (100_000_000, verify(store.path(100_000_000)))
 
 
-def test_damaged_checkpoints_are_passed_over_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_passed_over_and_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = make_checkpoints(tmp_path, 1, 2, 3)
     flip_a_bit(store.path(3) / "state")
     (store.path(2) / "manifest.json").unlink()
@@ -59,8 +61,14 @@ def test_damaged_checkpoints_are_passed_over_and_set_aside(tmp_path: Path, capsy
     assert found is not None and (found[0], found[1]["step"]) == (1, 1)
     assert store.steps() == [1, 2, 3]  # only looked at
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == ["checkpoint 3 is damaged and not used", "checkpoint 2 is damaged and not used"]
-    assert "step-00000003/state fails its checksum" in said[0] and "step-00000002/manifest.json is missing" in said[1]
+    assert [line.split(":")[0] for line in said] == [
+        "checkpoint 3 is damaged and not used",
+        "checkpoint 2 is damaged and not used",
+    ]
+    assert (
+        "step-00000003/state fails its checksum" in said[0]
+        and "step-00000002/manifest.json is missing" in said[1]
+    )
 
     assert store.newest_valid(set_aside=True) == found
     assert seen(store) == ["damaged-step-00000002", "damaged-step-00000003", "step-00000001"]
@@ -91,7 +99,10 @@ def test_what_cannot_be_read_now_is_not_called_damaged(name: str, tmp_path: Path
     assert store.newest_valid(set_aside=True) == (2, verify(store.path(2)))
 
 
-@pytest.mark.parametrize(("keep", "left"), [(2, [30, 40]), (3, [20, 30, 40]), (4, [10, 20, 30, 40]), (9, [10, 20, 30, 40])])
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(2, [30, 40]), (3, [20, 30, 40]), (4, [10, 20, 30, 40]), (9, [10, 20, 30, 40])],
+)
 def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
     store = make_checkpoints(tmp_path, 10, 20, 30, 40)
     store.prune(keep)
@@ -125,7 +136,11 @@ def test_who_was_taken_over_publishes_and_prunes_nothing(tmp_path: Path) -> None
 
     latest = make_checkpoints(tmp_path, 3)
     assert stale.is_superseded() and not latest.is_superseded()
-    for change in (lambda: stale.publish(4, {"state": entry}), lambda: stale.begin(4), lambda: stale.prune(1)):
+    for change in (
+        lambda: stale.publish(4, {"state": entry}),
+        lambda: stale.begin(4),
+        lambda: stale.prune(1),
+    ):
         with pytest.raises(UserError, match="has been superseded by a later start"):
             change()
     assert latest.steps() == [1, 2, 3] and (latest.path(3) / "state").read_text() == "state 3"
@@ -142,5 +157,7 @@ def test_of_several_starts_at_once_one_is_the_latest(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
     refuse_full_disk(tmp_path, 1)
-    with pytest.raises(UserError, match=r"GB free and a checkpoint takes .* GB more, or lower checkpoint.keep"):
+    with pytest.raises(
+        UserError, match=r"GB free and a checkpoint takes .* GB more, or lower checkpoint.keep"
+    ):
         refuse_full_disk(tmp_path, 2**60)

@@ -11,7 +11,9 @@ from kantai.config.loading import load_config, refuse_other_run
 from kantai.config.schema import Config
 from kantai.errors import UserError
 
-SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
+SMALLEST = (
+    "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
+)
 
 
 def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
@@ -20,18 +22,35 @@ def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
-STAGES = "--stages=[{until_step: 3, seq_len: 16, global_batch_size: 12}, {until_step: 5, seq_len: 16}]"
+STAGES = (
+    "--stages=[{until_step: 3, seq_len: 16, global_batch_size: 12}, {until_step: 5, seq_len: 16}]"
+)
 
 
 def test_stages_give_the_shape_of_every_step(tmp_path: Path) -> None:
-    config = load(tmp_path, SMALLEST, STAGES, "--data.seq_len=64", "--batch.global_batch_size=20", "--batch.micro_batch_size=6")
-    assert config.batch_shapes() == [BatchShape(0, 16, 12, 24), BatchShape(3, 16, 20, 24), BatchShape(5, 64, 20, 6)]
+    config = load(
+        tmp_path,
+        SMALLEST,
+        STAGES,
+        "--data.seq_len=64",
+        "--batch.global_batch_size=20",
+        "--batch.micro_batch_size=6",
+    )
+    assert config.batch_shapes() == [
+        BatchShape(0, 16, 12, 24),
+        BatchShape(3, 16, 20, 24),
+        BatchShape(5, 64, 20, 6),
+    ]
     assert load(tmp_path).batch_shapes() == [BatchShape(0, 512, 256, 32)]
     with pytest.raises(UserError, match="stages was "):
         refuse_other_run(config, load(tmp_path))
 
 
-@given(global_batch_size=st.integers(1, 300), micro_batch_size=st.integers(1, 80), world_size=st.integers(1, 40))
+@given(
+    global_batch_size=st.integers(1, 300),
+    micro_batch_size=st.integers(1, 80),
+    world_size=st.integers(1, 40),
+)
 @example(8192, 64, 7)
 @example(1, 1, 8)
 def test_plan_deals_every_row_once_and_computes_as_few_empty_ones_as_it_can(
@@ -39,16 +58,30 @@ def test_plan_deals_every_row_once_and_computes_as_few_empty_ones_as_it_can(
 ) -> None:
     plan = BatchPlan(global_batch_size, micro_batch_size, world_size)
     micro_steps, micro = plan.gradient_accumulation_steps, plan.micro_batch_size
-    dealt = [row for rank in range(world_size) for micro_step in range(micro_steps) for row in plan.rows(rank, micro_step)]
+    dealt = [
+        row
+        for rank in range(world_size)
+        for micro_step in range(micro_steps)
+        for row in plan.rows(rank, micro_step)
+    ]
     assert dealt == list(range(global_batch_size + plan.empty_rows))
     assert all(
-        len(plan.rows(rank, micro_step)) == micro <= micro_batch_size for rank in range(world_size) for micro_step in range(micro_steps)
+        len(plan.rows(rank, micro_step)) == micro <= micro_batch_size
+        for rank in range(world_size)
+        for micro_step in range(micro_steps)
     )
-    assert world_size * (micro_steps - 1) * micro_batch_size < global_batch_size  # one micro-step fewer would not hold the rows
-    assert world_size * micro_steps * (micro - 1) < global_batch_size  # nor would smaller micro-batches
+    assert (
+        world_size * (micro_steps - 1) * micro_batch_size < global_batch_size
+    )  # one micro-step fewer would not hold the rows
+    assert (
+        world_size * micro_steps * (micro - 1) < global_batch_size
+    )  # nor would smaller micro-batches
     assert (f"{plan.empty_rows} of them empty" in str(plan)) == (plan.empty_rows > 0)
 
 
 def test_plan_says_what_is_wasted() -> None:
     assert str(BatchPlan(256, 32, 4)) == "256 sequences a step = 4 ranks x 2 micro-steps x 32"
-    assert str(BatchPlan(256, 32, 7)) == "256 sequences a step = 7 ranks x 2 micro-steps x 19, 10 of them empty (3.8% wasted)"
+    assert (
+        str(BatchPlan(256, 32, 7))
+        == "256 sequences a step = 7 ranks x 2 micro-steps x 19, 10 of them empty (3.8% wasted)"
+    )

@@ -6,14 +6,22 @@ from typing import Any
 import pytest
 import yaml
 
-from kantai.config.loading import describe, fixed_settings, load_config, refuse_other_run, save_config
+from kantai.config.loading import (
+    describe,
+    fixed_settings,
+    load_config,
+    refuse_other_run,
+    save_config,
+)
 from kantai.config.schema import Config
 from kantai.errors import UserError
 from tests.helpers.commands import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
-SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
+SMALLEST = (
+    "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
+)
 
 
 def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
@@ -42,47 +50,88 @@ def test_file_then_arguments(tmp_path: Path) -> None:
         "--run_dir=runs/b=c",
     )
     assert (config.optimizer.learning_rate, config.optimizer.schedule) == (2e-3, "cosine")
-    assert (config.data.seq_len, config.seed, config.evaluation.prompts) == (128, 8, ["Human <mask>.", "a: <mask>"])
+    assert (config.data.seq_len, config.seed, config.evaluation.prompts) == (
+        128,
+        8,
+        ["Human <mask>.", "a: <mask>"],
+    )
     assert Path(config.run_dir).name == "b=c"
 
 
 @pytest.mark.parametrize(
-    ("written", "value"), [("5e-4", 5e-4), ("6E-4", 6e-4), ("1e3", 1000.0), ("+2e-3", 2e-3), ("2.e-3", 2e-3), ("0.001", 0.001), ("1", 1.0)]
+    ("written", "value"),
+    [
+        ("5e-4", 5e-4),
+        ("6E-4", 6e-4),
+        ("1e3", 1000.0),
+        ("+2e-3", 2e-3),
+        ("2.e-3", 2e-3),
+        ("0.001", 0.001),
+        ("1", 1.0),
+    ],
 )
 def test_numbers_as_papers_write_them(tmp_path: Path, written: str, value: float) -> None:
-    assert load(tmp_path, SMALLEST + f"optimizer: {{learning_rate: {written}}}").optimizer.learning_rate == value
-    assert load(tmp_path, SMALLEST, f"--optimizer.learning_rate={written}").optimizer.learning_rate == value
+    assert (
+        load(
+            tmp_path, SMALLEST + f"optimizer: {{learning_rate: {written}}}"
+        ).optimizer.learning_rate
+        == value
+    )
+    assert (
+        load(tmp_path, SMALLEST, f"--optimizer.learning_rate={written}").optimizer.learning_rate
+        == value
+    )
 
 
 def test_words_like_numbers_stay_words(tmp_path: Path) -> None:
-    config = load(tmp_path, SMALLEST.replace("shards: shards", "shards: shards-5e-4"), "--data.tokenizer=v1e5")
-    assert (Path(config.data.shards).name, Path(config.data.tokenizer).name) == ("shards-5e-4", "v1e5")
+    config = load(
+        tmp_path, SMALLEST.replace("shards: shards", "shards: shards-5e-4"), "--data.tokenizer=v1e5"
+    )
+    assert (Path(config.data.shards).name, Path(config.data.tokenizer).name) == (
+        "shards-5e-4",
+        "v1e5",
+    )
 
 
 def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load(tmp_path)
     assert config.run_dir == str(tmp_path / "runs" / "a")
-    assert (config.data.shards, config.data.tokenizer) == (str(tmp_path / "shards"), str(tmp_path / "tokenizer"))
+    assert (config.data.shards, config.data.tokenizer) == (
+        str(tmp_path / "shards"),
+        str(tmp_path / "tokenizer"),
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--batch.micro_batchsize=3", "unknown key 'batch.micro_batchsize'; the nearest known one is 'batch.micro_batch_size'"),
-        ("--learning_rate=1", "unknown key 'learning_rate'; the nearest known one is 'optimizer.learning_rate'"),
+        (
+            "--batch.micro_batchsize=3",
+            "unknown key 'batch.micro_batchsize'; the nearest known one is 'batch.micro_batch_size'",
+        ),
+        (
+            "--learning_rate=1",
+            "unknown key 'learning_rate'; the nearest known one is 'optimizer.learning_rate'",
+        ),
         ("--modle.hidden_size=1", "unknown key 'modle'; the nearest known one is 'model'"),
         ("--data.seq_len=many", "data.seq_len: should be a valid integer, not 'many'"),
         ("--data.seq_len=128.0", "data.seq_len: should be a valid integer, not 128.0"),
         ("--data.seq_len=true", "data.seq_len: should be a valid integer, not True"),
         ("--data.seq_len=", "data.seq_len: should be a valid integer, not None"),
         ("--data.seq_len=7", "data.seq_len: should be greater than or equal to 8, not 7"),
-        ("--data.packing=sorted", "data.packing: should be 'contiguous', 'isolated' or 'padded', not 'sorted'"),
+        (
+            "--data.packing=sorted",
+            "data.packing: should be 'contiguous', 'isolated' or 'padded', not 'sorted'",
+        ),
         ("--data.packing=5", "data.packing: should be 'contiguous', 'isolated' or 'padded', not 5"),
         ("--masking.ratio=0", "masking.ratio: should be greater than 0, not 0"),
         ("--masking.ratio=1", "masking.ratio: should be less than 1, not 1"),
         ("--masking.random_share=0.3", "masking: mask_share + random_share must not exceed 1"),
-        ("--model.num_attention_heads=7", "model: num_attention_heads 7 does not divide hidden_size 768"),
+        (
+            "--model.num_attention_heads=7",
+            "model: num_attention_heads 7 does not divide hidden_size 768",
+        ),
         ("--optimizer.learning_rate=.nan", "optimizer.learning_rate: should be "),
         ("--optimizer.learning_rate=.inf", "optimizer.learning_rate: should be "),
         ("--training.epochs=3", "training: give exactly one of max_steps and epochs"),
@@ -93,13 +142,20 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--seed=99999999999999999999", "seed: should be less than "),
         ("--evaluation.prompts=<mask>", "evaluation.prompts: should be a valid list, not '<mask>'"),
         ("--data.seq_len.x=1", "seq_len is a value, not a section"),
-        ("--data.seq_len", "cannot read the argument '--data.seq_len': settings are given as --section.key=value"),
+        (
+            "--data.seq_len",
+            "cannot read the argument '--data.seq_len': settings are given as --section.key=value",
+        ),
         ("data.seq_len=128", "cannot read the argument 'data.seq_len=128'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        load(tmp_path, SMALLEST.replace("tokenizer: tokenizer", "tokenizer: tokenizer, seq_len: 64"), override)
+        load(
+            tmp_path,
+            SMALLEST.replace("tokenizer: tokenizer", "tokenizer: tokenizer, seq_len: 64"),
+            override,
+        )
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -108,7 +164,9 @@ def test_what_is_missing_is_named(tmp_path: Path, key: str) -> None:
     tree = yaml.safe_load(SMALLEST)
     *sections, name = key.split(".")
     del (tree[sections[0]] if sections else tree)[name]
-    with pytest.raises(UserError, match=rf"{key} is missing; add it to the file or give --{key}=\.\.\."):
+    with pytest.raises(
+        UserError, match=rf"{key} is missing; add it to the file or give --{key}=\.\.\."
+    ):
         load(tmp_path, yaml.safe_dump(tree))
 
 
@@ -193,15 +251,21 @@ MAY_CHANGE = {
 
 
 @pytest.mark.parametrize(("key", "value"), CHANGES.items())
-def test_a_run_refuses_another_config_and_names_the_change(tmp_path: Path, key: str, value: object) -> None:
+def test_a_run_refuses_another_config_and_names_the_change(
+    tmp_path: Path, key: str, value: object
+) -> None:
     config = load(tmp_path)
     with pytest.raises(UserError) as error:
         refuse_other_run(with_value(config, key, value), config)
-    assert f"belongs to a run of another config: {key} was " in str(error.value) and f" and is {value!r}. " in str(error.value)
+    assert f"belongs to a run of another config: {key} was " in str(
+        error.value
+    ) and f" and is {value!r}. " in str(error.value)
 
 
 @pytest.mark.parametrize(("key", "value"), MAY_CHANGE.items())
-def test_what_does_not_change_the_result_may_change(tmp_path: Path, key: str, value: object) -> None:
+def test_what_does_not_change_the_result_may_change(
+    tmp_path: Path, key: str, value: object
+) -> None:
     config = load(tmp_path)
     changed = with_value(config, key, value)
     assert changed != config
@@ -210,19 +274,30 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path, key: str, va
 
 def test_every_setting_either_may_change_or_is_kept(tmp_path: Path) -> None:
     fixed = fixed_settings(load(tmp_path))
-    described = {line.split("=")[0].strip(" -") for line in describe().splitlines() if line.startswith("  --")}
+    described = {
+        line.split("=")[0].strip(" -")
+        for line in describe().splitlines()
+        if line.startswith("  --")
+    }
     assert fixed.keys() | MAY_CHANGE.keys() == described
     assert fixed.keys().isdisjoint(MAY_CHANGE) and CHANGES.keys() <= fixed.keys()
 
 
 @pytest.mark.parametrize("name", ["2026", "2026-11-22", "1e5", "a #1", "true", "[x"])
 def test_a_folder_may_have_any_name(name: str) -> None:
-    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir=/tmp/{name}"]).run_dir == f"/tmp/{name}"
-    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir={name}"]).run_dir == str(Path(name).absolute())
+    assert (
+        load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir=/tmp/{name}"]).run_dir
+        == f"/tmp/{name}"
+    )
+    assert load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir={name}"]).run_dir == str(
+        Path(name).absolute()
+    )
 
 
 def test_home_is_meant_by_a_tilde() -> None:
-    assert load_config(ROOT / "configs/quickstart.yaml", ["--run_dir=~/x"]).run_dir == str(Path.home() / "x")
+    assert load_config(ROOT / "configs/quickstart.yaml", ["--run_dir=~/x"]).run_dir == str(
+        Path.home() / "x"
+    )
 
 
 def test_a_section_given_twice_is_refused_and_an_empty_one_has_its_defaults(tmp_path: Path) -> None:

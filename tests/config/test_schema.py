@@ -8,7 +8,9 @@ from kantai.config.loading import load_config
 from kantai.config.schema import Config
 from kantai.errors import UserError
 
-SMALLEST = "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
+SMALLEST = (
+    "run_dir: runs/a\ndata: {shards: shards, tokenizer: tokenizer}\ntraining: {max_steps: 10}\n"
+)
 
 
 def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:

@@ -21,7 +21,12 @@ from tests.helpers.shards_in_memory import split_of, streams
 BOS, PAD, EOS, MASK = 0, 1, 2, 4
 SPECIAL = (0, 1, 2, 3, 4)
 LENGTH = 32
-SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.intermediate_size=64", f"--data.seq_len={LENGTH}"]
+SMALL = [
+    "--model.hidden_size=32",
+    "--model.num_attention_heads=2",
+    "--model.intermediate_size=64",
+    f"--data.seq_len={LENGTH}",
+]
 
 # A row as the model sees it, without padding: its ids, and label by masked position.
 Row = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
@@ -46,10 +51,19 @@ def batches_of(sequences: Sequences, order: Order, mask: Masker, plan: BatchPlan
 
 def rows_of(batch: Batch | MaskedRows) -> list[Row]:
     rows = []
-    for ids, positions, labels in zip(batch.input_ids.tolist(), batch.masked_positions.tolist(), batch.labels.tolist(), strict=True):
+    for ids, positions, labels in zip(
+        batch.input_ids.tolist(),
+        batch.masked_positions.tolist(),
+        batch.labels.tolist(),
+        strict=True,
+    ):
         while ids[-1] == PAD:
             ids.pop()
-        answers = sorted((position, label) for position, label in zip(positions, labels, strict=True) if label != IGNORED_LABEL)
+        answers = sorted(
+            (position, label)
+            for position, label in zip(positions, labels, strict=True)
+            if label != IGNORED_LABEL
+        )
         rows.append((tuple(ids), tuple(answers)))
     return rows
 
@@ -62,28 +76,51 @@ def sequences_of(kind: str, shards_dir: Path, tokenizer_dir: Path) -> tuple[Sequ
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "padded"])
-def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(kind: str, shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(
+    kind: str, shards_dir: Path, tokenizer_dir: Path
+) -> None:
     sequences, vocab_size = sequences_of(kind, shards_dir, tokenizer_dir)
     order = shuffled(sequences, 3)
 
-    def step(number: int, world_size: int, micro_batch_size: int) -> tuple[list[Row], list[Row], int, int]:
+    def step(
+        number: int, world_size: int, micro_batch_size: int
+    ) -> tuple[list[Row], list[Row], int, int]:
         """Rows of a step in their order, its empty rows, tokens, pairs."""
         plan = BatchPlan(12, micro_batch_size, world_size)
         batches = batches_of(sequences, order, masker(vocab_size), plan)
         dealt = [
             batches.micro_batch(number, micro_step, rank)
-            for rank, micro_step in itertools.product(range(world_size), range(plan.gradient_accumulation_steps))
+            for rank, micro_step in itertools.product(
+                range(world_size), range(plan.gradient_accumulation_steps)
+            )
         ]
         rows = [row for batch in dealt for row in rows_of(batch)]
-        return rows[:12], rows[12:], sum(batch.tokens for batch in dealt), sum(batch.attended_pairs for batch in dealt)
+        return (
+            rows[:12],
+            rows[12:],
+            sum(batch.tokens for batch in dealt),
+            sum(batch.attended_pairs for batch in dealt),
+        )
 
     seen = set()
-    for number in (0, 1, (count(sequences) - 1) // 12, 10**6):  # the third holds the end of an epoch
+    for number in (
+        0,
+        1,
+        (count(sequences) - 1) // 12,
+        10**6,
+    ):  # the third holds the end of an epoch
         expected, empty, tokens, pairs = step(number, 1, 12)
         epochs, samples = order.at(number * 12 + np.arange(12))
-        assert sorted(expected) == sorted(rows_of(masker(vocab_size)(sequences.rows(samples), epochs, samples, number))) and not empty
+        assert (
+            sorted(expected)
+            == sorted(rows_of(masker(vocab_size)(sequences.rows(samples), epochs, samples, number)))
+            and not empty
+        )
         assert sum(len(answers) for _, answers in expected) > 20
-        assert (tokens, pairs) == (sum(len(ids) for ids, _ in expected), sum(len(ids) ** 2 for ids, _ in expected))
+        assert (tokens, pairs) == (
+            sum(len(ids) for ids, _ in expected),
+            sum(len(ids) ** 2 for ids, _ in expected),
+        )
         seen.add(tuple(expected))
         for world_size, micro_batch_size in itertools.product((1, 2, 3, 5), (1, 2, 5, 12)):
             rows, empty, *work = step(number, world_size, micro_batch_size)
@@ -100,30 +137,49 @@ def test_an_epoch_shows_every_sequence_once(shards_dir: Path, tokenizer_dir: Pat
     shown: list[list[tuple[int, ...]]] = [[], []]  # by epoch
     for step in range(-(-count(sequences) // 8)):
         epochs, samples = batches.samples(step)
-        dealt = [batches.micro_batch(step, micro_step, rank) for rank in range(2) for micro_step in range(plan.gradient_accumulation_steps)]
-        for epoch, sample, (ids, answers) in zip(epochs, samples, (row for batch in dealt for row in rows_of(batch)), strict=True):
+        dealt = [
+            batches.micro_batch(step, micro_step, rank)
+            for rank in range(2)
+            for micro_step in range(plan.gradient_accumulation_steps)
+        ]
+        for epoch, sample, (ids, answers) in zip(
+            epochs, samples, (row for batch in dealt for row in rows_of(batch)), strict=True
+        ):
             original = np.array(ids)
             original[[position for position, _ in answers]] = [label for _, label in answers]
             shown[epoch] += [tuple(original.tolist())] if sample >= 0 else []
-    assert sorted(shown[0]) == sorted(map(tuple, sequences.rows(np.arange(count(sequences))).tolist()))
+    assert sorted(shown[0]) == sorted(
+        map(tuple, sequences.rows(np.arange(count(sequences))).tolist())
+    )
 
 
 def test_a_rank_reads_from_few_shards_of_a_window() -> None:
     """Rows are dealt in the order of their samples: two ranks read from half of the shards each, and one more."""
     sequences = Contiguous(streams(*(np.arange(100, 1000) for _ in range(16))), 10, BOS, PAD)
-    batches = batches_of(sequences, Shuffled(sequences.samples_per_shard, 16, 0), masker(), BatchPlan(160, 8, 2))
+    batches = batches_of(
+        sequences, Shuffled(sequences.samples_per_shard, 16, 0), masker(), BatchPlan(160, 8, 2)
+    )
     for step in range(10):
         read = [batches.shards(step, rank) for rank in range(2)]
-        assert set(read[0]) | set(read[1]) == set(range(16)) and all(len(shards) <= 10 for shards in read)
+        assert set(read[0]) | set(read[1]) == set(range(16)) and all(
+            len(shards) <= 10 for shards in read
+        )
         for rank, shards in enumerate(read):
             micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
-            ids = np.concatenate([batches.micro_batch(step, micro_step, rank).input_ids for micro_step in micro_steps])
+            ids = np.concatenate(
+                [
+                    batches.micro_batch(step, micro_step, rank).input_ids
+                    for micro_step in micro_steps
+                ]
+            )
             assert len(ids) == 80 and shards == sorted(shards)
 
 
 def test_evaluation_ends_with_empty_rows() -> None:
     sequences = Contiguous(streams(np.arange(100, 140)), 9, BOS, PAD)
-    batches = batches_of(sequences, Sequential(count(sequences)), masker(ratio=0.5), BatchPlan(4, 4, 1))
+    batches = batches_of(
+        sequences, Sequential(count(sequences)), masker(ratio=0.5), BatchPlan(4, 4, 1)
+    )
     last = batches.micro_batch(1, 0, 0)
     assert count(sequences) == 5
     assert (last.labels[0] != IGNORED_LABEL).sum() == 4 and (last.labels[1:] == IGNORED_LABEL).all()
@@ -133,13 +189,21 @@ def test_evaluation_ends_with_empty_rows() -> None:
 
 def test_attention_mask_is_there_where_padding_is() -> None:
     plan, order = BatchPlan(3, 4, 1), Sequential(2)
-    full = batches_of(Contiguous(streams(np.arange(100, 120)), 11, BOS, PAD), order, masker(ratio=0.5), plan).micro_batch(0, 0, 0)
+    full = batches_of(
+        Contiguous(streams(np.arange(100, 120)), 11, BOS, PAD), order, masker(ratio=0.5), plan
+    ).micro_batch(0, 0, 0)
     assert full.attention_mask is None
 
     documents = split_of((np.array([10, 11, 12, EOS, 13, EOS], np.uint16), [0, 4, 6]))
-    padded = batches_of(Padded(documents, 64, BOS, EOS, PAD), order, masker(ratio=0.5), plan).micro_batch(0, 0, 0)
+    padded = batches_of(
+        Padded(documents, 64, BOS, EOS, PAD), order, masker(ratio=0.5), plan
+    ).micro_batch(0, 0, 0)
     assert padded.attention_mask is not None
-    assert padded.attention_mask.tolist() == [[True] * 5 + [False] * 11, [True] * 3 + [False] * 13, [True] + [False] * 15]
+    assert padded.attention_mask.tolist() == [
+        [True] * 5 + [False] * 11,
+        [True] * 3 + [False] * 13,
+        [True] + [False] * 15,
+    ]
     assert (padded.tokens, padded.attended_pairs) == (5 + 3, 25 + 9)
 
 
@@ -153,12 +217,18 @@ def test_every_micro_batch_has_the_same_shape(shards_dir: Path, tokenizer_dir: P
         for micro_step in range(plan.gradient_accumulation_steps)
         for rank in range(2)
     ]
-    assert {(batch.input_ids.shape, batch.masked_positions.shape, batch.labels.shape) for batch in dealt} == {((3, 64), (3, 10), (3, 10))}
+    assert {
+        (batch.input_ids.shape, batch.masked_positions.shape, batch.labels.shape) for batch in dealt
+    } == {((3, 64), (3, 10), (3, 10))}
 
 
 def batch_of(packing: str, shards_dir: Path, tokenizer_dir: Path) -> Batch:
     """Three rows of the training split, the last of them empty."""
-    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--data.packing={packing}"]
+    where = [
+        f"--data.shards={shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        f"--data.packing={packing}",
+    ]
     sizes = ["--batch.global_batch_size=5", "--batch.micro_batch_size=3"]
     data = open_data(load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where, *sizes]))
     return data.training_batches(1).micro_batch(3, 1, 0)
@@ -174,24 +244,36 @@ def test_documents_start_with_their_row_and_behind_every_end() -> None:
 def test_starts_have_few_shapes_and_always_an_end(documents: int, size: int) -> None:
     starts = document_starts(np.array([[EOS] * (documents - 1) + [5, 6]]), EOS)
     assert starts.shape == (size,)
-    assert starts[documents - 1] == documents - 1 and starts[-1] == starts[documents] == documents + 1
+    assert (
+        starts[documents - 1] == documents - 1 and starts[-1] == starts[documents] == documents + 1
+    )
 
 
-def test_isolated_shows_what_contiguous_shows_and_counts_the_pairs_inside_documents(shards_dir: Path, tokenizer_dir: Path) -> None:
-    isolated, contiguous = (batch_of(packing, shards_dir, tokenizer_dir) for packing in ("isolated", "contiguous"))
+def test_isolated_shows_what_contiguous_shows_and_counts_the_pairs_inside_documents(
+    shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    isolated, contiguous = (
+        batch_of(packing, shards_dir, tokenizer_dir) for packing in ("isolated", "contiguous")
+    )
     for name in ("input_ids", "masked_positions", "labels"):
         assert np.array_equal(getattr(isolated, name), getattr(contiguous, name))
     assert isolated.tokens == contiguous.tokens == 2 * LENGTH
     assert contiguous.document_starts is None and isolated.document_starts is not None
     starts = np.unique(isolated.document_starts)
-    assert isolated.attended_pairs == sum((b - a) ** 2 for a, b in itertools.pairwise(starts[starts <= 2 * LENGTH].tolist()))
+    assert isolated.attended_pairs == sum(
+        (b - a) ** 2 for a, b in itertools.pairwise(starts[starts <= 2 * LENGTH].tolist())
+    )
     assert contiguous.attended_pairs == 2 * LENGTH**2 > isolated.attended_pairs
 
 
 def test_a_random_word_that_is_the_end_token_ends_nothing() -> None:
     stream = np.array([*range(3, 12), EOS, *range(3, 13)])
-    masker = Masker(0.9, 0.0, 1.0, EOS + 1, MASK, (BOS, PAD, EOS), seed=0)  # shows <s>, <pad> and </s> only
-    stage = Stage(0, 0, BatchPlan(1, 1, 1), Contiguous(streams(stream), 21, BOS, PAD), Sequential(1))
+    masker = Masker(
+        0.9, 0.0, 1.0, EOS + 1, MASK, (BOS, PAD, EOS), seed=0
+    )  # shows <s>, <pad> and </s> only
+    stage = Stage(
+        0, 0, BatchPlan(1, 1, 1), Contiguous(streams(stream), 21, BOS, PAD), Sequential(1)
+    )
     batch = Batches([stage], masker, PAD, EOS).micro_batch(0, 0, 0)
     assert (batch.input_ids == EOS).sum() > 1
     assert np.unique(batch.document_starts).tolist() == [0, 11, 21]

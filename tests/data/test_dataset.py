@@ -12,7 +12,9 @@ from kantai.data.masking import IGNORED_LABEL
 from tests.helpers.commands import CONFIG
 
 
-def test_all_shards_of_a_window_stay_open(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_all_shards_of_a_window_stay_open(
+    shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
     """What is fetched takes space while it is open: of that, no more."""
     fsspec.filesystem("memory").put(str(shards_dir), "/window", recursive=True)
     for where, window, expected in (
@@ -21,19 +23,38 @@ def test_all_shards_of_a_window_stay_open(shards_dir: Path, tokenizer_dir: Path,
         ("memory://window", 64, 65),
         ("memory://window", 600, 601),
     ):
-        settings = [f"--data.shards={where}", f"--data.tokenizer={tokenizer_dir}", f"--data.cache_dir={tmp_path}"]
-        data = open_data(load_config(CONFIG, [*settings, "--data.seq_len=32", f"--data.shuffle_window={window}"]))
+        settings = [
+            f"--data.shards={where}",
+            f"--data.tokenizer={tokenizer_dir}",
+            f"--data.cache_dir={tmp_path}",
+        ]
+        data = open_data(
+            load_config(CONFIG, [*settings, "--data.seq_len=32", f"--data.shuffle_window={window}"])
+        )
         assert [split.open_at_once for split in data.shards.splits.values()] == [expected] * 2
 
 
-def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(
+    shards_dir: Path, tokenizer_dir: Path
+) -> None:
     def batches(**masking: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Training rows of the first and the last step, held-out rows, all as shown."""
-        tree = {"run_dir": "", "data": {"shards": str(shards_dir), "tokenizer": str(tokenizer_dir), "seq_len": 64}}
+        tree = {
+            "run_dir": "",
+            "data": {"shards": str(shards_dir), "tokenizer": str(tokenizer_dir), "seq_len": 64},
+        }
         sizes = {"global_batch_size": 64, "micro_batch_size": 64}
-        data = open_data(Config.model_validate(tree | {"training": {"max_steps": 9}, "masking": masking, "batch": sizes}))
+        data = open_data(
+            Config.model_validate(
+                tree | {"training": {"max_steps": 9}, "masking": masking, "batch": sizes}
+            )
+        )
         training, held_out = data.training_batches(1), data.held_out_batches(rows=64)[0]
-        return training.micro_batch(0, 0, 0).labels, training.micro_batch(8, 0, 0).labels, held_out.micro_batch(0, 0, 0).input_ids
+        return (
+            training.micro_batch(0, 0, 0).labels,
+            training.micro_batch(8, 0, 0).labels,
+            held_out.micro_batch(0, 0, 0).input_ids,
+        )
 
     *_, expected = batches()
     for unit, slots in [("token", 10), ("word", 17), ("span", 10)]:

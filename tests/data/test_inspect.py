@@ -14,7 +14,13 @@ from tests.helpers.commands import CONFIG, script
 @pytest.fixture
 def settings(many_shards_dir: Path, tokenizer_dir: Path) -> list[str]:
     sizes = ["--data.seq_len=32", "--batch.global_batch_size=10", "--optimizer.warmup_steps=1"]
-    return ["--config", str(CONFIG), f"--data.shards={many_shards_dir}", f"--data.tokenizer={tokenizer_dir}", *sizes]
+    return [
+        "--config",
+        str(CONFIG),
+        f"--data.shards={many_shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        *sizes,
+    ]
 
 
 def printed(*arguments: object) -> str:
@@ -26,27 +32,52 @@ def printed(*arguments: object) -> str:
 def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> None:
     train = open_shards(many_shards_dir).splits["train"]
     said = printed("--shards", many_shards_dir, "--tokenizer", tokenizer_dir)
-    assert f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} shards" in said
+    assert (
+        f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} shards"
+        in said
+    )
     longest = max(int(shard.lengths.max()) for shard in train)
-    assert f"mean {train.tokens.sum() / train.documents.sum():,.1f}; 0 %: " in said and f"100 %: {longest:,}" in said
+    assert (
+        f"mean {train.tokens.sum() / train.documents.sum():,.1f}; 0 %: " in said
+        and f"100 %: {longest:,}" in said
+    )
     lengths = np.concatenate([shard.lengths for shard in train])
-    shares = [np.clip(lengths - seq_len + 1, 0, None).sum() / lengths.sum() for seq_len in (128, 512)]
-    assert f"tokens left out   {shares[0]:.1%} at seq_len 128, {shares[1]:.1%} at seq_len 512: " in said and shares[0] > 0.1
+    shares = [
+        np.clip(lengths - seq_len + 1, 0, None).sum() / lengths.sum() for seq_len in (128, 512)
+    ]
+    assert (
+        f"tokens left out   {shares[0]:.1%} at seq_len 128, {shares[1]:.1%} at seq_len 512: "
+        in said
+        and shares[0] > 0.1
+    )
     assert "'</s>' " in said and "' the' " in said
-    assert "' the' " not in printed("--shards", many_shards_dir)  # ids alone, without their tokenizer
+    assert "' the' " not in printed(
+        "--shards", many_shards_dir
+    )  # ids alone, without their tokenizer
 
 
 def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer_dir: Path) -> None:
     """With the true words in the place of their masks, each row is a piece of the split."""
     vocabulary = load_tokenizer(tokenizer_dir)
     said = printed(
-        *settings, "--masking.mask_share=1.0", "--masking.random_share=0.0", "--step", 3, "--world_size", 3, "--rank", 2, "--rows", 9
+        *settings,
+        "--masking.mask_share=1.0",
+        "--masking.random_share=0.0",
+        "--step",
+        3,
+        "--world_size",
+        3,
+        "--rank",
+        2,
+        "--rows",
+        9,
     )
     assert "step 3: 10 sequences a step = 3 ranks x 1 micro-steps x 4, 2 of them empty" in said
     rows = said.split("\nrow ")[1:]
     assert [row.split(":")[0] for row in rows] == ["8", "9"]
     split = "".join(
-        vocabulary.tokenizer.decode(shard.tokens, skip_special_tokens=False) for shard in open_shards(many_shards_dir).splits["train"]
+        vocabulary.tokenizer.decode(shard.tokens, skip_special_tokens=False)
+        for shard in open_shards(many_shards_dir).splits["train"]
     )
     for row in rows:
         text = row.split("\n", 1)[1].strip("\n").removeprefix("<s>")
@@ -63,7 +94,9 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
         return said.split()[-1]
 
     found = hashed(5, 25)
-    assert found == hashed(5, 25, "--world_size=7", "--batch.micro_batch_size=3") and len(found) == 64
+    assert (
+        found == hashed(5, 25, "--world_size=7", "--batch.micro_batch_size=3") and len(found) == 64
+    )
     others = [
         ("--seed=1",),
         ("--masking.ratio=0.2",),
@@ -71,12 +104,18 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
         ("--data.packing=padded",),
         ("--batch.global_batch_size=11",),
     ]
-    assert len({found, hashed(5, 24), hashed(6, 25), *(hashed(5, 25, *change) for change in others)}) == 3 + len(others)
+    assert len(
+        {found, hashed(5, 24), hashed(6, 25), *(hashed(5, 25, *change) for change in others)}
+    ) == 3 + len(others)
 
 
-def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: list[str], tmp_path: Path) -> None:
+def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(
+    settings: list[str], tmp_path: Path
+) -> None:
     run = [*settings, f"--run_dir={tmp_path}"]
-    by_the_config = {what: printed(*run, *what) for what in (("--step", 9), ("--hash", 9, 12), ("--step", 3))}
+    by_the_config = {
+        what: printed(*run, *what) for what in (("--step", 9), ("--hash", 9, 12), ("--step", 3))
+    }
     save_config(load_config(settings[1], run[2:]), tmp_path / "config.yaml")
     (tmp_path / "skipped_data.jsonl").write_text('{"from_step": 4, "first": 4, "stop": 8}\n')
     said = printed(*run, "--step", 5)
@@ -85,7 +124,10 @@ def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: l
     assert printed(*run, "--hash", 5, 8).split()[-1] == by_the_config["--hash", 9, 12].split()[-1]
     assert printed(*run, "--step", 3) == by_the_config["--step", 3]
     done = script("inspect_data", *run, "--seed=77", "--step", 5)
-    assert done.returncode == 2 and "belongs to a run of another config: seed was 0 and is 77" in done.stderr
+    assert (
+        done.returncode == 2
+        and "belongs to a run of another config: seed was 0 and is 77" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

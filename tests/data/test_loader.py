@@ -17,8 +17,14 @@ def test_what_is_wrong_with_the_data_is_said_as_it_is_by_loader_processes_too(
     workers: int, many_shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     shards = shutil.copytree(many_shards_dir, tmp_path / "shards")
-    where = [f"--data.shards={shards}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={tmp_path / 'run'}"]
-    config = load_config(CONFIG, [*TINY, *where, "--data.verify_hashes=false", "--training.max_steps=6"])
+    where = [
+        f"--data.shards={shards}",
+        f"--data.tokenizer={tokenizer_dir}",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    config = load_config(
+        CONFIG, [*TINY, *where, "--data.verify_hashes=false", "--training.max_steps=6"]
+    )
     batches = open_data(config).training_batches(1)
     for path in shards.glob("train*.arrow"):
         path.write_bytes(bytes(path.stat().st_size))

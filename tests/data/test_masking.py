@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from kantai.data.masking import IGNORED_LABEL, MAX_WORD_TOKENS, MEAN_SPAN_WORDS, MaskedRows, Masker, Words
+from kantai.data.masking import (
+    IGNORED_LABEL,
+    MAX_WORD_TOKENS,
+    MEAN_SPAN_WORDS,
+    MaskedRows,
+    Masker,
+    Words,
+)
 from kantai.data.shards import open_shards
 from kantai.data.tokenizer import load_tokenizer
 from kantai.preprocessing.tokenizer_training import train_tokenizer
@@ -74,18 +81,30 @@ def ordinary_rows(count: int, ordinary: int) -> np.ndarray:
 
 def assert_share(successes: float, trials: float, share: float) -> None:
     """Fails once in 15,000 fair trials, and seeds are fixed."""
-    assert abs(successes / trials - share) <= 4 * math.sqrt(share * (1 - share) / trials), (successes / trials, share)
+    assert abs(successes / trials - share) <= 4 * math.sqrt(share * (1 - share) / trials), (
+        successes / trials,
+        share,
+    )
 
 
 def test_a_row_by_hand() -> None:
     row = np.array([[BOS, 10, 11, UNK, 12, 13, EOS, PAD]])
-    masked = Masker(0.5, 1.0, 0.0, VOCAB_SIZE, MASK, SPECIAL, seed=0)(row, np.array([0]), np.array([0]), 0)
+    masked = Masker(0.5, 1.0, 0.0, VOCAB_SIZE, MASK, SPECIAL, seed=0)(
+        row, np.array([0]), np.array([0]), 0
+    )
     assert masked.labels.shape == masked.masked_positions.shape == (1, 4)  # int(0.5 * 7) + 1
-    assert (masked.labels[0] != IGNORED_LABEL).tolist() == [True, True, False, False]  # half of the four ordinary tokens
+    assert (masked.labels[0] != IGNORED_LABEL).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]  # half of the four ordinary tokens
     first, second = masked.masked_positions[0, :2].tolist()
     assert {first, second} < {1, 2, 4, 5} and masked.masked_positions[0, 2:].tolist() == [0, 0]
     assert masked.labels[0, :2].tolist() == row[0, [first, second]].tolist()
-    assert masked.input_ids[0].tolist() == [MASK if place in (first, second) else token for place, token in enumerate(row[0].tolist())]
+    assert masked.input_ids[0].tolist() == [
+        MASK if place in (first, second) else token for place, token in enumerate(row[0].tolist())
+    ]
 
 
 def test_words_by_hand() -> None:
@@ -98,52 +117,88 @@ def test_words_by_hand() -> None:
     for order in permutations(words):
         ends = list(accumulate(map(len, order)))
         fit = sum(end <= 5 for end in ends)
-        expected |= {tuple(sorted(sum(order[:fit], ())))} | ({tuple(sorted(sum(order[: fit + 1], ())))} if 5 not in ends else set())
+        expected |= {tuple(sorted(sum(order[:fit], ())))} | (
+            {tuple(sorted(sum(order[: fit + 1], ())))} if 5 not in ends else set()
+        )
     assert found == expected
 
 
 def test_tokens_are_masked_as_they_were_in_runs_of_old() -> None:
     found = hashlib.sha256()
-    for length, ratio, count in [(2, 0.15, 7), (9, 0.5, 5), (40, 0.99, 6), (64, 0.15, 33), (128, 0.4, 16), (512, 0.15, 20)]:
+    for length, ratio, count in [
+        (2, 0.15, 7),
+        (9, 0.5, 5),
+        (40, 0.99, 6),
+        (64, 0.15, 33),
+        (128, 0.4, 16),
+        (512, 0.15, 20),
+    ]:
         rows = np.arange(count * length).reshape(count, length) * 7919 % 1000
         rows[:, 0] = BOS
         rows[::3, length - length // 4 :] = PAD
         numbers = np.arange(count)
-        masked = Masker(ratio, 0.8, 0.1, 1000, MASK, SPECIAL, seed=2**62 + 3)(rows, numbers // 5, numbers * 10**9 - 1, 0)
+        masked = Masker(ratio, 0.8, 0.1, 1000, MASK, SPECIAL, seed=2**62 + 3)(
+            rows, numbers // 5, numbers * 10**9 - 1, 0
+        )
         for array in (masked.input_ids, masked.masked_positions, masked.labels):
             found.update(array.tobytes())
     assert found.hexdigest() == "d0dc9c776c1789be0639a1258de0e7780f8615344f2ad8424de6b28e8b63bc37"
 
 
-@given(data=st.data(), unit=st.sampled_from(UNITS), ratio=st.floats(0.01, 0.99), length=st.integers(2, 40), seed=st.integers(0, 2**63))
+@given(
+    data=st.data(),
+    unit=st.sampled_from(UNITS),
+    ratio=st.floats(0.01, 0.99),
+    length=st.integers(2, 40),
+    seed=st.integers(0, 2**63),
+)
 def test_any_rows(data: st.DataObject, unit: Unit, ratio: float, length: int, seed: int) -> None:
-    rows = np.array(data.draw(st.lists(st.lists(st.integers(0, 12), min_size=length, max_size=length), min_size=1, max_size=5)))
+    rows = np.array(
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, 12), min_size=length, max_size=length),
+                min_size=1,
+                max_size=5,
+            )
+        )
+    )
     rows[:, 0] = BOS
     before = rows.copy()
     masker = Masker(ratio, 0.6, 0.3, 13, MASK, SPECIAL, seed, unit, toy_words(13))
     masked = mask(masker, rows)
     assert np.array_equal(rows, before)
-    assert masked.labels.shape == masked.masked_positions.shape == (len(rows), masker.slots(length, 0))
+    assert (
+        masked.labels.shape == masked.masked_positions.shape == (len(rows), masker.slots(length, 0))
+    )
 
     where = is_masked(rows, masked)
     assert not where[np.isin(rows, SPECIAL)].any()
     assert np.array_equal(masked.input_ids[~where], rows[~where])
     real = masked.labels != IGNORED_LABEL
     assert np.array_equal(where.sum(1), real.sum(1))  # no position twice
-    assert np.array_equal(masked.labels[real], np.take_along_axis(rows, masked.masked_positions, 1)[real])
+    assert np.array_equal(
+        masked.labels[real], np.take_along_axis(rows, masked.masked_positions, 1)[real]
+    )
     assert (masked.masked_positions[~real] == 0).all()
     for count, ordinary in zip(real.sum(1), (~np.isin(rows, SPECIAL)).sum(1), strict=True):
         slack = MAX_WORD_TOKENS - 1 if unit == "word" else 0
         assert math.floor(ratio * ordinary) - slack <= count <= math.ceil(ratio * ordinary) + slack
     if unit == "word":
-        assert all(len(set(there[word])) == 1 for row, there in zip(rows.tolist(), where, strict=True) for word in toy_words_of(row))
+        assert all(
+            len(set(there[word])) == 1
+            for row, there in zip(rows.tolist(), where, strict=True)
+            for word in toy_words_of(row)
+        )
     assert masked.input_ids.min() >= 0 and masked.input_ids.max() < 13
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_row_has_its_mask_wherever_it_stands(unit: Unit) -> None:
     rows, masker = ordinary_rows(8, 63), of_unit(unit)
-    epochs, samples = np.array([0, 0, 1, 1, 7, 7, 7, 10**6]), np.array([0, 1, 0, 1, 5, 6, 10**10, 3])
+    epochs, samples = (
+        np.array([0, 0, 1, 1, 7, 7, 7, 10**6]),
+        np.array([0, 1, 0, 1, 5, 6, 10**10, 3]),
+    )
     together = masker(rows, epochs, samples, 0)
     shuffled = np.random.default_rng(1).permutation(8)
     again = masker(rows[shuffled], epochs[shuffled], samples[shuffled], 0)
@@ -151,7 +206,9 @@ def test_a_row_has_its_mask_wherever_it_stands(unit: Unit) -> None:
         expected = getattr(together, key)
         assert np.array_equal(getattr(again, key), expected[shuffled])
         for place in range(8):
-            alone = masker(rows[place : place + 1], epochs[place : place + 1], samples[place : place + 1], 0)
+            alone = masker(
+                rows[place : place + 1], epochs[place : place + 1], samples[place : place + 1], 0
+            )
             assert np.array_equal(getattr(alone, key)[0], expected[place])
 
 
@@ -171,10 +228,18 @@ def test_every_epoch_sample_and_seed_has_masks_of_its_own(other: str, unit: Unit
     rows = np.tile(ordinary_rows(1, 255), (100, 1))
     ones = np.ones(100, np.int64)
     if other == "seed":
-        masks = [dataclasses.replace(of_unit(unit), seed=seed)(rows[:1], ones[:1], ones[:1], 0) for seed in range(100)]
+        masks = [
+            dataclasses.replace(of_unit(unit), seed=seed)(rows[:1], ones[:1], ones[:1], 0)
+            for seed in range(100)
+        ]
         found = {mask.input_ids.tobytes() for mask in masks}
     else:
-        masked = of_unit(unit)(rows, np.arange(100) if other == "epoch" else ones, np.arange(100) if other == "sample" else ones, 0)
+        masked = of_unit(unit)(
+            rows,
+            np.arange(100) if other == "epoch" else ones,
+            np.arange(100) if other == "sample" else ones,
+            0,
+        )
         found = {row.tobytes() for row in masked.input_ids}
     assert len(found) == 100
 
@@ -190,12 +255,16 @@ def test_share_is_right_on_average_for_rows_of_any_length(unit: Unit, ordinary: 
 
 
 @pytest.mark.parametrize("ordinary", [1, 2, 3, 7, 63, 127])
-@pytest.mark.parametrize("divisor", [1, 3, VOCAB_SIZE])  # words of one token; of three on average; a row that is one word
+@pytest.mark.parametrize(
+    "divisor", [1, 3, VOCAB_SIZE]
+)  # words of one token; of three on average; a row that is one word
 def test_share_of_whole_words_is_right_on_average(ordinary: int, divisor: int) -> None:
     words = toy_words()
     words.begins[len(SPECIAL) :] = np.arange(len(SPECIAL), VOCAB_SIZE) % divisor != 0
     rows = ordinary_rows(20_000, ordinary)
-    counts = is_masked(rows, mask(Masker(0.15, 0.8, 0.1, VOCAB_SIZE, MASK, SPECIAL, 5, "word", words), rows)).sum(1)
+    counts = is_masked(
+        rows, mask(Masker(0.15, 0.8, 0.1, VOCAB_SIZE, MASK, SPECIAL, 5, "word", words), rows)
+    ).sum(1)
     assert abs(counts.mean() - 0.15 * ordinary) <= 4 * counts.std() / math.sqrt(len(rows))
     assert abs(counts - 0.15 * ordinary).max() < MAX_WORD_TOKENS
 
@@ -204,7 +273,9 @@ def test_spans_are_geometric_in_words_and_replaced_as_a_whole() -> None:
     rows = np.tile(np.array([BOS, *[6, 7] * 250]), (400, 1))  # words of two tokens
     masked = mask(Masker(0.99, 0.5, 0.0, VOCAB_SIZE, MASK, SPECIAL, 3, "span", toy_words()), rows)
     lengths, mixed = [], 0
-    for slots, labels, ids in zip(masked.masked_positions, masked.labels, masked.input_ids, strict=True):
+    for slots, labels, ids in zip(
+        masked.masked_positions, masked.labels, masked.input_ids, strict=True
+    ):
         positions = slots[labels != IGNORED_LABEL]
         # In slots, a span is a run of positions. One in a hundred is two: spans that are neighbours in the row and by chance in the order.
         spans = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
@@ -214,7 +285,13 @@ def test_spans_are_geometric_in_words_and_replaced_as_a_whole() -> None:
     assert np.array_equal(words, words.round())
     assert abs(words.mean() - MEAN_SPAN_WORDS) < 0.02 * MEAN_SPAN_WORDS
     for length in range(1, 6):
-        assert abs((words == length).mean() - (1 - 1 / MEAN_SPAN_WORDS) ** (length - 1) / MEAN_SPAN_WORDS) < 0.01
+        assert (
+            abs(
+                (words == length).mean()
+                - (1 - 1 / MEAN_SPAN_WORDS) ** (length - 1) / MEAN_SPAN_WORDS
+            )
+            < 0.01
+        )
     assert mixed < 0.01 * len(words)
 
 
@@ -230,13 +307,19 @@ def test_places_are_uniform_and_independent() -> None:
 
 def collated(tokenizer_dir: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What transformers' collator makes of rows: ids, and where tokens are to be predicted."""
-    collator = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(str(tokenizer_dir)), mlm_probability=0.15, seed=9)
+    collator = DataCollatorForLanguageModeling(
+        AutoTokenizer.from_pretrained(str(tokenizer_dir)), mlm_probability=0.15, seed=9
+    )
     batch = collator([{"input_ids": row} for row in rows.tolist()])
-    assert np.array_equal(batch["labels"][batch["labels"] != -100].numpy(), rows[(batch["labels"] != -100).numpy()])
+    assert np.array_equal(
+        batch["labels"][batch["labels"] != -100].numpy(), rows[(batch["labels"] != -100).numpy()]
+    )
     return batch["input_ids"].numpy(), (batch["labels"] != -100).numpy()
 
 
-def test_statistics_are_those_of_transformers_collator(shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_statistics_are_those_of_transformers_collator(
+    shards_dir: Path, tokenizer_dir: Path
+) -> None:
     stream = open_shards(shards_dir).splits["train"][0].tokens[: 63 * 1700].astype(np.int64)
     rows = np.tile(np.pad(stream.reshape(-1, 63), ((0, 0), (1, 0)), constant_values=BOS), (4, 1))
     assert (rows[:, 1:] == EOS).sum() > 1000  # some to leave alone
@@ -260,15 +343,23 @@ def test_statistics_are_those_of_transformers_collator(shards_dir: Path, tokeniz
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize(("mask_share", "random_share"), [(0.8, 0.1), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.3, 0.5)])
+@pytest.mark.parametrize(
+    ("mask_share", "random_share"), [(0.8, 0.1), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.3, 0.5)]
+)
 def test_shares_are_the_ones_asked_for(mask_share: float, random_share: float, unit: Unit) -> None:
     rows = ordinary_rows(4000, 63)
-    masked = mask(Masker(0.15, mask_share, random_share, VOCAB_SIZE, MASK, SPECIAL, 1, unit, toy_words()), rows)
+    masked = mask(
+        Masker(0.15, mask_share, random_share, VOCAB_SIZE, MASK, SPECIAL, 1, unit, toy_words()),
+        rows,
+    )
     where = is_masked(rows, masked)
     shown, total, by_chance = masked.input_ids[where], int(where.sum()), random_share / VOCAB_SIZE
     # Tokens of a span share their kind: as many fair trials as there are spans, and fewer, since they differ in length.
     tokens_a_trial = 9.45 if unit == "span" else 1
-    for found, share in [(shown == MASK, mask_share + by_chance), (shown == rows[where], 1 - mask_share - random_share + by_chance)]:
+    for found, share in [
+        (shown == MASK, mask_share + by_chance),
+        (shown == rows[where], 1 - mask_share - random_share + by_chance),
+    ]:
         assert_share(int(found.sum()) / tokens_a_trial, total / tokens_a_trial, share)
 
 
@@ -288,15 +379,21 @@ def test_the_ratio_goes_from_the_first_to_the_last_step() -> None:
     assert [falling.ratio_at(step) for step in (0, 100, 101, 10**9)] == [0.4, 0.15, 0.15, 0.15]
     assert falling.ratio_at(50) == pytest.approx(0.275)
     assert dataclasses.replace(falling, max_steps=1).ratio_at(0) == 0.4
-    assert dataclasses.replace(falling, ratio=0.95, unit="word").slots(20, 0) == 20  # there is no room for more
+    assert (
+        dataclasses.replace(falling, ratio=0.95, unit="word").slots(20, 0) == 20
+    )  # there is no room for more
     for unit in UNITS:
         scheduled = dataclasses.replace(falling, unit=unit)
         shapes = set()
         for step in range(0, 101, 10):
             masked, ratio = scheduled(rows, numbers, numbers, step), scheduled.ratio_at(step)
             assert abs((masked.labels != IGNORED_LABEL).sum(1).mean() - ratio * 127) < 1
-            same = dataclasses.replace(scheduled, ratio=ratio, final_ratio=None)(rows, numbers, numbers, 0)
-            assert np.array_equal(masked.input_ids, same.input_ids)  # a step's ratio is all that counts
+            same = dataclasses.replace(scheduled, ratio=ratio, final_ratio=None)(
+                rows, numbers, numbers, 0
+            )
+            assert np.array_equal(
+                masked.input_ids, same.input_ids
+            )  # a step's ratio is all that counts
             shapes.add(masked.labels.shape[1])
         assert len(shapes) <= 6 and all(slots % 8 == 0 for slots in shapes)
 
@@ -304,14 +401,20 @@ def test_the_ratio_goes_from_the_first_to_the_last_step() -> None:
 def pieces(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, set[tuple[int, int]]]:
     """Where our words begin among a text's tokens, and the pre-tokenizer's words as (first token, first of the next)."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    theirs = [0, *(place for place, (a, b) in enumerate(pairwise(encoding.word_ids), 1) if a != b), len(encoding.ids)]
+    theirs = [
+        0,
+        *(place for place, (a, b) in enumerate(pairwise(encoding.word_ids), 1) if a != b),
+        len(encoding.ids),
+    ]
     assert len(theirs) - 1 == len(tokenizer.pre_tokenizer.pre_tokenize_str(text))
     words = Words.of(tokenizer, SPECIAL)
     return words.starts(np.array([encoding.ids]))[0], set(pairwise(theirs))
 
 
 def test_words_are_the_pre_tokenizers(corpus_file: Path, tokenizer_dir: Path) -> None:
-    starts, theirs = pieces(load_tokenizer(tokenizer_dir).tokenizer, corpus_file.read_text(encoding="utf-8"))
+    starts, theirs = pieces(
+        load_tokenizer(tokenizer_dir).tokenizer, corpus_file.read_text(encoding="utf-8")
+    )
     ours = set(pairwise([*np.flatnonzero(starts).tolist(), len(starts)]))
     assert len(theirs) > 70_000 and len(theirs & ours) >= 0.998 * len(theirs)
 
@@ -334,5 +437,7 @@ def test_words_end_after_contractions_that_are_tokens() -> None:
 def test_words_end_at_special_tokens(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     bracket = vocabulary.tokenizer.token_to_id("(")
-    starts = Words.of(vocabulary.tokenizer, vocabulary.special_ids).starts(np.array([[BOS, bracket, bracket, EOS, bracket, MASK]]))
+    starts = Words.of(vocabulary.tokenizer, vocabulary.special_ids).starts(
+        np.array([[BOS, bracket, bracket, EOS, bracket, MASK]])
+    )
     assert starts.tolist() == [[True, True, False, True, True, True]]

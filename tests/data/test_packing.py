@@ -16,7 +16,11 @@ def count(sequences: Sequences) -> int:
 
 
 def test_contiguous_cuts_each_shard_into_full_sequences() -> None:
-    shards = streams(np.arange(10, 20, dtype=np.uint16), np.array([30, 31], np.uint16), np.arange(40, 44, dtype=np.uint16))
+    shards = streams(
+        np.arange(10, 20, dtype=np.uint16),
+        np.array([30, 31], np.uint16),
+        np.arange(40, 44, dtype=np.uint16),
+    )
     sequences = Contiguous(shards, 5, BOS, PAD)
     assert sequences.samples_per_shard.tolist() == [
         3,
@@ -33,14 +37,22 @@ def test_contiguous_cuts_each_shard_into_full_sequences() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), seq_len=st.integers(8, 20))
-def test_contiguous_shows_every_token_of_shards_that_fill_a_sequence(lengths: list[int], seq_len: int) -> None:
+def test_contiguous_shows_every_token_of_shards_that_fill_a_sequence(
+    lengths: list[int], seq_len: int
+) -> None:
     starts = [100, *(100 + np.cumsum(lengths))]
-    tokens = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    tokens = [
+        np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)
+    ]
     sequences = Contiguous(streams(*tokens), seq_len, BOS, PAD)
     rows = sequences.rows(np.arange(count(sequences)))
-    assert set(rows[:, 1:].flat) == {token for stream in tokens if len(stream) >= seq_len - 1 for token in stream.tolist()}
+    assert set(rows[:, 1:].flat) == {
+        token for stream in tokens if len(stream) >= seq_len - 1 for token in stream.tolist()
+    }
     assert rows[:, 1:].size < sum(lengths) + len(lengths) * seq_len  # and few of them twice
-    assert all(np.array_equal(np.diff(row[1:]), np.ones(seq_len - 2)) for row in rows)  # no row mixes shards
+    assert all(
+        np.array_equal(np.diff(row[1:]), np.ones(seq_len - 2)) for row in rows
+    )  # no row mixes shards
 
 
 def test_padded_gives_a_document_a_row() -> None:
@@ -58,7 +70,10 @@ def test_padded_gives_a_document_a_row() -> None:
     ]
 
 
-@pytest.mark.parametrize(("longest", "length"), [(2, 16), (15, 16), (16, 32), (31, 32), (32, 40), (39, 40), (40, 40), (100, 40)])
+@pytest.mark.parametrize(
+    ("longest", "length"),
+    [(2, 16), (15, 16), (16, 32), (31, 32), (32, 40), (39, 40), (40, 40), (100, 40)],
+)
 def test_padded_rows_have_few_lengths(longest: int, length: int) -> None:
     tokens = np.array([9] * (longest - 1) + [EOS], np.uint16)
     rows = Padded(streams(tokens), 40, BOS, EOS, PAD).rows(np.array([0, -1]))

@@ -24,7 +24,9 @@ EOS = 2
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
 
 
-def written(folder: Path, texts: list[str], shard_tokens: int = SHARD_TOKENS) -> list[dict[str, Any]]:
+def written(
+    folder: Path, texts: list[str], shard_tokens: int = SHARD_TOKENS
+) -> list[dict[str, Any]]:
     """Shards of the bytes of texts, document by document."""
     folder.mkdir()
     writer = ShardWriter(folder / "train", np.dtype(np.uint16), shard_tokens)
@@ -43,17 +45,25 @@ def opened(path: Path) -> Shard:
 def test_documents_come_back_in_order(tmp_path: Path, shard_tokens: int) -> None:
     entries = written(tmp_path / "shards", TEXTS, shard_tokens=shard_tokens)
     shards = [opened(tmp_path / "shards" / entry["file"]) for entry in entries]
-    assert [bytes(document[:-1]).decode() for shard in shards for document in documents_of(shard)] == TEXTS
+    assert [
+        bytes(document[:-1]).decode() for shard in shards for document in documents_of(shard)
+    ] == TEXTS
     for entry, shard in zip(entries, shards, strict=True):
         assert (entry["documents"], entry["tokens"]) == (len(shard.lengths), len(shard.tokens))
         assert len(shard.tokens) <= shard_tokens or len(shard.lengths) == 1
-    for shard, following in itertools.pairwise(shards):  # closed only because the next document did not fit
+    for shard, following in itertools.pairwise(
+        shards
+    ):  # closed only because the next document did not fit
         assert len(shard.tokens) + following.lengths[0] > shard_tokens
-    assert {path.name for path in (tmp_path / "shards").iterdir()} == {entry["file"] for entry in entries}
+    assert {path.name for path in (tmp_path / "shards").iterdir()} == {
+        entry["file"] for entry in entries
+    }
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_a_token_takes_two_bytes_where_they_hold_it(tmp_path: Path, vocab_size: int, dtype: type) -> None:
+def test_a_token_takes_two_bytes_where_they_hold_it(
+    tmp_path: Path, vocab_size: int, dtype: type
+) -> None:
     writer = ShardWriter(tmp_path / "train", token_dtype(vocab_size))
     writer.append(np.array([vocab_size - 1, EOS] * 1000), np.full(1000, 2))
     (entry,) = writer.finish()
@@ -61,22 +71,45 @@ def test_a_token_takes_two_bytes_where_they_hold_it(tmp_path: Path, vocab_size: 
     assert shard.tokens.dtype == dtype and shard.tokens[:4].tolist() == [vocab_size - 1, EOS] * 2
 
 
-def test_the_real_tokenizers_ids_are_kept(shards_dir: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
+def test_the_real_tokenizers_ids_are_kept(
+    shards_dir: Path, tokenizer_dir: Path, corpus_file: Path
+) -> None:
     vocabulary, shards = load_tokenizer(tokenizer_dir), open_shards(shards_dir)
-    texts = [text for piece in pieces(find_files([str(corpus_file)]), "paragraph") for text in documents(piece, "paragraph")]
+    texts = [
+        text
+        for piece in pieces(find_files([str(corpus_file)]), "paragraph")
+        for text in documents(piece, "paragraph")
+    ]
     ids, lengths = vocabulary.encode(texts)
-    expected = sorted((*part.tolist(), vocabulary.eos_id) for part in np.split(ids, np.cumsum(lengths)[:-1]))
-    assert sorted(document for split in shards.splits.values() for shard in split for document in documents_of(shard)) == expected
+    expected = sorted(
+        (*part.tolist(), vocabulary.eos_id) for part in np.split(ids, np.cumsum(lengths)[:-1])
+    )
+    assert (
+        sorted(
+            document
+            for split in shards.splits.values()
+            for shard in split
+            for document in documents_of(shard)
+        )
+        == expected
+    )
     assert 0.03 < shards.manifest["splits"]["held_out"]["documents"] / len(texts) < 0.07
-    counted = np.bincount(np.concatenate([shard.tokens for shard in shards.splits["train"]]), minlength=vocabulary.size)
+    counted = np.bincount(
+        np.concatenate([shard.tokens for shard in shards.splits["train"]]),
+        minlength=vocabulary.size,
+    )
     assert shards.token_counts()[0].tolist() == counted.tolist()
 
 
 def test_datasets_reads_the_same_rows(tmp_path: Path, many_shards_dir: Path) -> None:
     train = open_shards(many_shards_dir).splits["train"]
     files = [str(many_shards_dir / name) for name in train.files]
-    rows = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert [tuple(row) for row in rows["input_ids"]] == [document for shard in train for document in documents_of(shard)]
+    rows = datasets.load_dataset(
+        "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert [tuple(row) for row in rows["input_ids"]] == [
+        document for shard in train for document in documents_of(shard)
+    ]
 
 
 def test_opening_copies_nothing(tmp_path: Path) -> None:
@@ -89,7 +122,9 @@ def test_opening_copies_nothing(tmp_path: Path) -> None:
         assert not array.flags.owndata and not array.flags.writeable
 
 
-def test_a_set_opens_a_shard_when_it_is_asked_for_and_lets_go_of_those_not_used(many_shards_dir: Path) -> None:
+def test_a_set_opens_a_shard_when_it_is_asked_for_and_lets_go_of_those_not_used(
+    many_shards_dir: Path,
+) -> None:
     train = open_shards(many_shards_dir).splits["train"]
     train.open_at_once = 3
     mapped = [weakref.ref(train[number].tokens) for number in (0, 1, 2, 0, 3)]
@@ -120,7 +155,9 @@ def test_damaged_shard_is_named(tmp_path: Path, shards_dir: Path, damage: Any, n
             open_shards(tmp_path / "shards", hashes=False)
 
 
-def test_folder_that_holds_no_shards_is_named(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_folder_that_holds_no_shards_is_named(
+    tmp_path: Path, shards_dir: Path, tokenizer_dir: Path
+) -> None:
     with pytest.raises(UserError, match="no shards at"):
         open_shards(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"manifest\.json is missing or unreadable"):
@@ -131,11 +168,15 @@ def test_folder_that_holds_no_shards_is_named(tmp_path: Path, shards_dir: Path, 
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     del manifest["digest"]
     rewrite(tmp_path / "other", manifest | {"dtype": "uint32"})
-    with pytest.raises(UserError, match=r"damaged shards: train-000000-000\.arrow holds uint16, not uint32"):
+    with pytest.raises(
+        UserError, match=r"damaged shards: train-000000-000\.arrow holds uint16, not uint32"
+    ):
         open_shards(tmp_path / "other").splits["train"][0]
     manifest["splits"]["train"]["shards"][0]["tokens"] += 1
     rewrite(tmp_path / "other", manifest)
-    with pytest.raises(UserError, match=r"damaged shards: train-000000-000\.arrow is not as its manifest says"):
+    with pytest.raises(
+        UserError, match=r"damaged shards: train-000000-000\.arrow is not as its manifest says"
+    ):
         open_shards(tmp_path / "other").splits["train"][0]
 
 

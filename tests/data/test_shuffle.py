@@ -29,17 +29,29 @@ def shuffled(samples: int, seed: int) -> Shuffled:
 @settings(max_examples=60)
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**40))
 def test_permute_is_a_bijection(size: int, seed: int, epoch: int) -> None:
-    assert sorted(permute(np.arange(size), size, rng.fold(seed, epoch)).tolist()) == list(range(size))
+    assert sorted(permute(np.arange(size), size, rng.fold(seed, epoch)).tolist()) == list(
+        range(size)
+    )
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 65_536, 65_537])
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 65_536, 65_537]
+)
 def test_permute_is_a_bijection_around_powers_of_two(size: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(size), size, rng.fold(1, 2))), np.arange(size))
 
 
 @pytest.mark.parametrize("size", [HUGE, 2**33, 2**33 + 1, 2**40])
 def test_huge_sizes_stay_in_range_and_collide_nowhere(size: int) -> None:
-    places = np.unique(np.concatenate([np.arange(20_000), size - 1 - np.arange(20_000), np.linspace(0, size - 1, 20_000).astype(np.int64)]))
+    places = np.unique(
+        np.concatenate(
+            [
+                np.arange(20_000),
+                size - 1 - np.arange(20_000),
+                np.linspace(0, size - 1, 20_000).astype(np.int64),
+            ]
+        )
+    )
     found = permute(places, size, rng.fold(3))
     assert found.min() >= 0 and found.max() < size
     assert len(np.unique(found)) == len(places)
@@ -59,7 +71,10 @@ def test_an_epoch_gives_every_sample_once_however_it_is_asked_for(
 ) -> None:
     order = Shuffled(np.array(samples_per_shard), window, seed)
     samples = order.samples
-    start, stop = first * samples, (first + 2) * samples  # two epochs, in pieces that do not end where they end
+    start, stop = (
+        first * samples,
+        (first + 2) * samples,
+    )  # two epochs, in pieces that do not end where they end
     epochs, ids = [], []
     while start < stop:
         for chunk in chunks:
@@ -74,7 +89,11 @@ def test_an_epoch_gives_every_sample_once_however_it_is_asked_for(
 
 def test_every_epoch_and_seed_has_an_order_of_its_own() -> None:
     places = np.arange(100)
-    orders = {tuple(shuffled(100, seed).at(epoch * 100 + places)[1].tolist()) for seed in range(20) for epoch in range(20)}
+    orders = {
+        tuple(shuffled(100, seed).at(epoch * 100 + places)[1].tolist())
+        for seed in range(20)
+        for epoch in range(20)
+    }
     assert len(orders) == 400
 
 
@@ -98,7 +117,9 @@ def test_neighbours_do_not_stay_neighbours(size: int) -> None:
     steps = (orders[:, 1] - orders[:, 0]) % size
     assert chi_square_is_plausible(np.bincount(steps, minlength=size)[1:])
     # And the same place of two epochs in a row has nothing to do with it.
-    assert chi_square_is_plausible(np.bincount((orders[1:, 3] - orders[:-1, 3]) % size, minlength=size))
+    assert chi_square_is_plausible(
+        np.bincount((orders[1:, 3] - orders[:-1, 3]) % size, minlength=size)
+    )
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:
@@ -125,7 +146,9 @@ def test_a_window_reads_from_its_shards_alone(window: int) -> None:
     epochs = [windows_of(order, epoch, per_window) for epoch in range(30)]
     assert all(len(shards) == min(window, 12) for windows in epochs for shards in windows)
     assert all(set().union(*windows) == set(range(12)) for windows in epochs)
-    assert len({tuple(map(frozenset, windows)) for windows in epochs}) > 25 or window >= 12  # and other shards meet each epoch
+    assert (
+        len({tuple(map(frozenset, windows)) for windows in epochs}) > 25 or window >= 12
+    )  # and other shards meet each epoch
 
 
 def test_every_sample_of_a_window_is_equally_likely_at_every_place_of_it() -> None:
@@ -147,7 +170,9 @@ def test_windows_are_found_from_positions_and_back() -> None:
         assert order.next_window(start)[0] == number // 3 or start == stop
         if start < stop:
             assert order.position_of(*order.next_window(start)) == start
-            assert order.position_of(*order.next_window(start + 1)) == (stop if start + 1 <= stop else start)
+            assert order.position_of(*order.next_window(start + 1)) == (
+                stop if start + 1 <= stop else start
+            )
             assert order.position_of(*order.next_window(stop - 1)) in (stop, stop - 1)
 
 

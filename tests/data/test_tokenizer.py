@@ -20,7 +20,9 @@ from kantai.preprocessing.tokenizer_training import train_tokenizer
 
 
 def read(path: Path, unit: Unit) -> Iterator[str]:
-    return (text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit))
+    return (
+        text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit)
+    )
 
 
 TEXTS = [
@@ -52,19 +54,35 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
-def test_transformers_gives_the_same_ids(loader: type, tokenizer_dir: Path, corpus_file: Path) -> None:
+def test_transformers_gives_the_same_ids(
+    loader: type, tokenizer_dir: Path, corpus_file: Path
+) -> None:
     ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
     for text in [*TEXTS, *read(corpus_file, "paragraph")]:
         assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids, text
         if "<" not in text:  # what a document has of them is text to us
-            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode([text])[0].tolist(), text
+            assert (
+                theirs(text, add_special_tokens=False)["input_ids"]
+                == ours.encode([text])[0].tolist()
+            ), text
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
-def test_transformers_knows_its_special_tokens_and_limits(loader: type, tokenizer_dir: Path) -> None:
+def test_transformers_knows_its_special_tokens_and_limits(
+    loader: type, tokenizer_dir: Path
+) -> None:
     ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
-    assert theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(ours.special_ids) == [0, 1, 2, 3, 4]
-    assert (theirs.bos_token, theirs.cls_token, theirs.eos_token, theirs.sep_token) == ("<s>", "<s>", "</s>", "</s>")
+    assert (
+        theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        == list(ours.special_ids)
+        == [0, 1, 2, 3, 4]
+    )
+    assert (theirs.bos_token, theirs.cls_token, theirs.eos_token, theirs.sep_token) == (
+        "<s>",
+        "<s>",
+        "</s>",
+        "</s>",
+    )
     assert (theirs.pad_token_id, theirs.unk_token_id, theirs.mask_token_id) == (1, 3, 4)
     assert len(theirs) == theirs.vocab_size == ours.size == 1000
     assert theirs.model_max_length == 512
@@ -93,10 +111,14 @@ def test_special_tokens_written_in_a_document_are_text(tokenizer_dir: Path) -> N
     ids, _ = vocabulary.encode([text])
     assert set(ids).isdisjoint(vocabulary.special_ids)
     assert vocabulary.tokenizer.decode(ids) == text
-    assert vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids  # a prompt's is one, also afterwards
+    assert (
+        vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids
+    )  # a prompt's is one, also afterwards
 
 
-def test_fingerprint_names_vocabulary_and_merges(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
+def test_fingerprint_names_vocabulary_and_merges(
+    tmp_path: Path, tokenizer_dir: Path, corpus_file: Path
+) -> None:
     ours = load_tokenizer(tokenizer_dir)
     AutoTokenizer.from_pretrained(str(tokenizer_dir)).save_pretrained(tmp_path / "resaved")
     assert load_tokenizer(tmp_path / "resaved").fingerprint == ours.fingerprint
@@ -104,7 +126,10 @@ def test_fingerprint_names_vocabulary_and_merges(tmp_path: Path, tokenizer_dir: 
     prints = {ours.fingerprint}
     for number, (vocab_size, min_frequency) in enumerate([(999, 2), (1000, 500)]):
         (tmp_path / str(number)).mkdir()
-        save_tokenizer(train_tokenizer(read(corpus_file, "paragraph"), vocab_size, min_frequency), tmp_path / str(number))
+        save_tokenizer(
+            train_tokenizer(read(corpus_file, "paragraph"), vocab_size, min_frequency),
+            tmp_path / str(number),
+        )
         prints.add(load_tokenizer(tmp_path / str(number)).fingerprint)
     shutil.copytree(tokenizer_dir, tmp_path / "merged")
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
@@ -120,14 +145,19 @@ def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
             load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"not JSON", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"not JSON", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "BPE"}}'],
+)
 def test_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)
 
 
-def test_what_another_program_set_cuts_and_fills_no_documents(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_what_another_program_set_cuts_and_fills_no_documents(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
     foreign = load_tokenizer(tokenizer_dir)
     foreign.tokenizer.enable_truncation(8)
     foreign.tokenizer.enable_padding(pad_id=1, pad_token="<pad>", pad_to_multiple_of=8)
@@ -139,7 +169,9 @@ def test_what_another_program_set_cuts_and_fills_no_documents(tmp_path: Path, to
 
 def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     content = (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
-    (tmp_path / "tokenizer.json").write_text(content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(
+        content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="lacks <pad> <mask>"):
         load_tokenizer(tmp_path)
 
@@ -157,12 +189,31 @@ def vocabulary(tokenizer_dir: Path) -> Vocabulary:
     return load_tokenizer(tokenizer_dir)
 
 
-ATOMS = [" ", "  ", "\n", "\t", "\u00a0", "\x1c", "a", "it's", " über", "42 ", ".", "_", "e\u0301", "🙂", "</s>", "<mask>"]
+ATOMS = [
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\u00a0",
+    "\x1c",
+    "a",
+    "it's",
+    " über",
+    "42 ",
+    ".",
+    "_",
+    "e\u0301",
+    "🙂",
+    "</s>",
+    "<mask>",
+]
 
 
 @settings(max_examples=300)
 @given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=20).map("two words".join), max_size=5))
-def test_long_documents_are_cut_for_the_encoder_without_a_trace(vocabulary: Vocabulary, texts: list[str]) -> None:
+def test_long_documents_are_cut_for_the_encoder_without_a_trace(
+    vocabulary: Vocabulary, texts: list[str]
+) -> None:
     whole = vocabulary.encode(texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.data.tokenizer, "_CHARACTERS_AT_ONCE", 20)

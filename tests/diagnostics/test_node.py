@@ -17,7 +17,9 @@ def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_gpus_that_need_attention_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_need_attention_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = "580.1, H200, 143771, 1, 0\n580.1, A30, 24576, 9000, 2\n580.1, A30, 24576, 1, [N/A]\n"
     fake_nvidia_smi(tmp_path, monkeypatch, f"printf '{rows}'")
     gpus, complaints = node._inspect_gpus()
@@ -29,7 +31,9 @@ def test_gpus_that_need_attention_are_reported(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-def test_a_hanging_driver_does_not_hold_the_node_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_driver_does_not_hold_the_node_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the kernel a process does not even end by SIGKILL."""
     fake_nvidia_smi(tmp_path, monkeypatch, "exec sleep 30")
     kill = subprocess.Popen.kill

@@ -9,7 +9,16 @@ NODES = ["n1", "n2", "n3"]
 DISK = Folder("/shared/runs", free_gib=100.0, mib_per_second=500.0)
 GOOD = [
     Facts(
-        node, 8, 8, 8, versions={"torch": "2.13"}, run=DISK, scratch=DISK, sees=NODES, reduce_ranks="nccl x8", reduce_gib_per_second=300.0
+        node,
+        8,
+        8,
+        8,
+        versions={"torch": "2.13"},
+        run=DISK,
+        scratch=DISK,
+        sees=NODES,
+        reduce_ranks="nccl x8",
+        reduce_gib_per_second=300.0,
     )
     for node in NODES
 ]
@@ -45,10 +54,17 @@ def test_a_node_that_does_not_answer_is_bad() -> None:
 
 def test_a_disk_is_slow_by_what_those_that_work_do_and_never_above_some_speed() -> None:
     full = replace(DISK, mib_per_second=0.0, error="no space")
-    for speed, complaints in ((60.0, []), (40.0, ["/shared/runs is slow"])):  # a full one is none of those that are compared
+    for speed, complaints in (
+        (60.0, []),
+        (40.0, ["/shared/runs is slow"]),
+    ):  # a full one is none of those that are compared
         disks = [replace(DISK, mib_per_second=speed), replace(DISK, mib_per_second=900.0), full]
         found = [replace(facts, scratch=disk) for facts, disk in zip(GOOD, disks, strict=True)]
-        assert judge(found, NODES, need_gib=10.0) == {"n1": complaints, "n2": [], "n3": ["no space"]}
+        assert judge(found, NODES, need_gib=10.0) == {
+            "n1": complaints,
+            "n2": [],
+            "n3": ["no space"],
+        }
 
 
 def test_of_two_clocks_neither_is_to_blame() -> None:
@@ -59,12 +75,23 @@ def test_of_two_clocks_neither_is_to_blame() -> None:
 def test_what_all_nodes_lack_is_no_nodes_fault() -> None:
     found = [replace(facts, gpus_for_torch=0) for facts in GOOD]
     found[0] = replace(found[0], clock_seconds=90.0)
-    assert common_and_bad(found, judge(found, NODES, need_gib=10.0)) == (["torch finds 0 of 8 GPUs"], ["n1"])
+    assert common_and_bad(found, judge(found, NODES, need_gib=10.0)) == (
+        ["torch finds 0 of 8 GPUs"],
+        ["n1"],
+    )
 
 
 def test_a_full_run_directory_is_no_nodes_fault_even_where_there_is_one() -> None:
-    alone = [replace(GOOD[0], run=replace(DISK, free_gib=9.0), gpu_errors=["GPU 3 has 2 memory errors"])]
+    alone = [
+        replace(GOOD[0], run=replace(DISK, free_gib=9.0), gpu_errors=["GPU 3 has 2 memory errors"])
+    ]
     wrong = judge(alone, ["n1"], need_gib=10.0)
     assert common_and_bad(alone, wrong) == (["/shared/runs has less than 10.0 GiB free"], ["n1"])
-    filling = [replace(facts, run=replace(DISK, free_gib=free)) for facts, free in zip(GOOD, (9.04, 9.06, 9.1), strict=True)]
-    assert common_and_bad(filling, judge(filling, NODES, need_gib=10.0)) == (["/shared/runs has less than 10.0 GiB free"], [])
+    filling = [
+        replace(facts, run=replace(DISK, free_gib=free))
+        for facts, free in zip(GOOD, (9.04, 9.06, 9.1), strict=True)
+    ]
+    assert common_and_bad(filling, judge(filling, NODES, need_gib=10.0)) == (
+        ["/shared/runs has less than 10.0 GiB free"],
+        [],
+    )

@@ -16,7 +16,9 @@ from tests.helpers.commands import CONFIG, TINY
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
 
 
-def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_states_are_compared_by_more_than_rounding(
+    shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
     """The same steps, dealt otherwise: they differ by rounding, which is all that a key's bias moves by."""
     data_arguments = [
         f"--data.shards={shards_dir}",
@@ -25,12 +27,16 @@ def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_d
         "--training.max_steps=100",
     ]
     for rows in (4, 5):
-        config = load_config(CONFIG, [*TINY, *data_arguments, f"--batch.micro_batch_size={rows}", *NO_DROPOUT])
+        config = load_config(
+            CONFIG, [*TINY, *data_arguments, f"--batch.micro_batch_size={rows}", *NO_DROPOUT]
+        )
         data = open_data(config)
         engine, batches = (
             Engine(
                 RankInfo(0, 1, 0),
-                build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed),
+                build_model(
+                    config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
+                ),
                 config.optimizer,
                 config.training,
                 seed=config.seed,
@@ -39,7 +45,14 @@ def test_states_are_compared_by_more_than_rounding(shards_dir: Path, tokenizer_d
         )
         for step in range(2):
             micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
-            engine.train_step(step, [MicroBatch(batches.micro_batch(step, micro_step, 0)) for micro_step in micro_steps], 1e-3)
+            engine.train_step(
+                step,
+                [
+                    MicroBatch(batches.micro_batch(step, micro_step, 0))
+                    for micro_step in micro_steps
+                ],
+                1e-3,
+            )
         (tmp_path / str(rows)).mkdir()
         engine.save_state(tmp_path / str(rows))
     one, other = tmp_path / "4", tmp_path / "5"

@@ -13,17 +13,35 @@ from kantai.errors import UserError
     [
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types"),
-        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_optimization.zero_hpz_partition_size"),
         (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "zero_optimization.round_robin_gradients",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_optimization.zero_quantized_weights",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
+            "zero_optimization.zero_hpz_partition_size",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+                }
+            },
             "zero_optimization.offload_optimizer.ratio",
         ),
     ],
 )
-def test_a_deepspeed_file_may_say_only_what_is_known_to_be_harmless(config: dict[str, Any], name: str) -> None:
-    with pytest.raises(UserError, match=f"sets {name}, which is not known to leave the result as it is"):
+def test_a_deepspeed_file_may_say_only_what_is_known_to_be_harmless(
+    config: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(
+        UserError, match=f"sets {name}, which is not known to leave the result as it is"
+    ):
         complete({"zero_optimization": {"stage": 2}, **config}, 1.0)
 
 
@@ -32,8 +50,16 @@ def test_a_deepspeed_file_may_not_decide_the_precision_or_hide_the_state() -> No
         complete({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, 1.0)
     with pytest.raises(UserError, match="has offload_optimizer on nvme"):
         complete({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 1.0)
-    config: dict[str, Any] = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "bf16": {"enabled": "auto"}}
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage": 2, "overlap_comm": False},
+        "bf16": {"enabled": "auto"},
+    }
     complete(config, 0.5)
-    assert (config["gradient_clipping"], config["zero_optimization"]["overlap_comm"]) == (0.5, False)
-    assert not config["timers"]["throughput"]["enabled"]  # which would wait for the device at every step
+    assert (config["gradient_clipping"], config["zero_optimization"]["overlap_comm"]) == (
+        0.5,
+        False,
+    )
+    assert not config["timers"]["throughput"][
+        "enabled"
+    ]  # which would wait for the device at every step
     complete(config, 0.5)  # as for another engine of the process

@@ -31,7 +31,9 @@ class Run:
         data = open_data(config)
         self.engine = Engine(
             RankInfo(0, 1, 0),
-            build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed),
+            build_model(
+                config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
+            ),
             config.optimizer,
             config.training,
             seed=config.seed,
@@ -41,7 +43,13 @@ class Run:
     def train_step(self, number: int, *limit: float) -> StepResult:
         micro_steps = range(self.batches.stage_at(number).plan.gradient_accumulation_steps)
         return self.engine.train_step(
-            number, [MicroBatch(self.batches.micro_batch(number, micro_step, 0)) for micro_step in micro_steps], 1e-3, *limit
+            number,
+            [
+                MicroBatch(self.batches.micro_batch(number, micro_step, 0))
+                for micro_step in micro_steps
+            ],
+            1e-3,
+            *limit,
         )
 
     def weights(self) -> dict[str, Any]:
@@ -50,7 +58,9 @@ class Run:
 
 @pytest.fixture
 def start(shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Run]:
-    return lambda *arguments: Run(f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", *arguments)
+    return lambda *arguments: Run(
+        f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", *arguments
+    )
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -72,7 +82,11 @@ def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_step(start: Callable
     run = start("--training.precision=fp16")
     run.engine.loss_scale.value = 2.0**100
     before, result = run.weights(), run.train_step(0)
-    assert (result.skipped, result.loss_scale, run.engine.loss_scale.value) == (False, 2.0**100, 2.0**99)
+    assert (result.skipped, result.loss_scale, run.engine.loss_scale.value) == (
+        False,
+        2.0**100,
+        2.0**99,
+    )
     assert math.isinf(result.grad_norm) or math.isnan(result.grad_norm)
     assert same(run.weights(), before)
     run.engine.loss_scale.value = 2.0**10
@@ -80,7 +94,9 @@ def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_step(start: Callable
     assert not same(run.weights(), before)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(start: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
     run = start()
     run.train_step(0)
     run.engine.save_state(tmp_path)
@@ -89,7 +105,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(star
     tensors, name = load_file(path), "roberta.embeddings.LayerNorm.bias/exp_avg_sq"
     for change, message in (
         ({}, f"lacks tensor {name}"),
-        ({name: tensors[name], "roberta.more": torch.zeros(1)}, "has an unknown tensor roberta.more"),
+        (
+            {name: tensors[name], "roberta.more": torch.zeros(1)},
+            "has an unknown tensor roberta.more",
+        ),
         ({name: torch.zeros(3)}, rf"{name} has shape \[3\], the model's is \[32\]"),
     ):
         save_file({key: value for key, value in tensors.items() if key != name} | change, path)
@@ -106,7 +125,9 @@ def test_a_watchdog_hears_of_every_micro_step(start: Callable[..., Run]) -> None
     assert len(heard) == 5
 
 
-def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_that_are_another_ranks_are_not_read(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, read = start(), list[str]()
     run.engine.save_state(tmp_path)
     first, *others = run.engine.optimizer.layout.tensors
@@ -114,7 +135,9 @@ def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], 
     empty = dataclasses.replace(first, slices=[dataclasses.replace(part, numel=0)])
     run.engine.optimizer.set_layout(Layout([empty, *others]))
     real = SavedState.__getitem__
-    monkeypatch.setattr(SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    monkeypatch.setattr(
+        SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name)
+    )
     run.engine.load_state(tmp_path)
     assert part.name in read  # the model has it whole
     assert [name for name in read if name.startswith(f"{part.name}/")] == []
@@ -125,8 +148,14 @@ def test_moments_that_are_another_ranks_are_not_read(start: Callable[..., Run], 
     ("copies", "found"),
     [
         ([1, 2, 1], "rank 1 (NODE) has other weights than the rest: a device may be faulty"),
-        ([1, 2], "rank 0 (NODE), rank 1 (NODE) differ in their weights, and none has most ranks on its side"),
-        ([1, 1, 2, 2], "rank 0 (NODE), rank 1 (NODE), rank 2 (NODE), rank 3 (NODE) differ in their weights"),
+        (
+            [1, 2],
+            "rank 0 (NODE), rank 1 (NODE) differ in their weights, and none has most ranks on its side",
+        ),
+        (
+            [1, 1, 2, 2],
+            "rank 0 (NODE), rank 1 (NODE), rank 2 (NODE), rank 3 (NODE) differ in their weights",
+        ),
     ],
 )
 def test_a_rank_with_other_weights_is_named(

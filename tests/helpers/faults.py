@@ -5,11 +5,13 @@ import runpy
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kantai.checkpoint.state import Snapshot
 from kantai.cluster.environment import RankInfo
 from kantai.data.batches import Batches
 from kantai.diagnostics.faults import loss_multiplied
@@ -26,7 +28,11 @@ def mean_of_means() -> None:
     real = Engine.sum_over_ranks
 
     def own(self: Engine, values: torch.Tensor) -> torch.Tensor:
-        return values.to(self.device) * rank_info.world_size if values.shape == (3,) else real(self, values)
+        return (
+            values.to(self.device) * rank_info.world_size
+            if values.shape == (3,)
+            else real(self, values)
+        )
 
     Engine.sum_over_ranks = own  # type: ignore[method-assign]
 
@@ -56,7 +62,9 @@ def dropped_micro_step() -> None:
 def other_data() -> None:
     """One rank reads another step's rows."""
     real = Batches.micro_batch
-    Batches.micro_batch = lambda self, step, micro_step, rank: real(self, step + (is_last and rank > 0), micro_step, rank)  # type: ignore[method-assign]
+    Batches.micro_batch = lambda self, step, micro_step, rank: real(
+        self, step + (is_last and rank > 0), micro_step, rank
+    )  # type: ignore[method-assign]
 
 
 def lost_moment() -> None:
@@ -115,7 +123,11 @@ def bad_gradient_and_stop() -> None:
     bad_gradient()
     real = PyTorch.step
     calls = []
-    (run,) = (Path(argument.removeprefix("--run_dir=")) for argument in sys.argv if argument.startswith("--run_dir="))
+    (run,) = (
+        Path(argument.removeprefix("--run_dir="))
+        for argument in sys.argv
+        if argument.startswith("--run_dir=")
+    )
 
     def asking(self: PyTorch, *rest: Any) -> Any:
         calls.append(0)
@@ -131,6 +143,18 @@ def exploding_loss() -> None:
     installed.enter_context(loss_multiplied(1000.0, lambda step, _: is_last and step == 103))
 
 
+def endless_save() -> None:
+    """A rank's part of the first checkpoint is written, and the checkpoint is not made of it."""
+    real = Snapshot.write
+
+    def waiting(self: Snapshot, folder: Path) -> Any:
+        real(self, folder)
+        while True:
+            time.sleep(1)
+
+    Snapshot.write = waiting  # type: ignore[method-assign]
+
+
 def hanging_rank() -> None:
     """One rank never comes to its fourth step."""
     real = Engine.train_step
@@ -143,7 +167,26 @@ def hanging_rank() -> None:
     Engine.train_step = hanging  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def planted(name: str) -> Iterator[None]:
+    """With one of these, which is gone afterwards."""
+    kinds = (Batches, DeepSpeedZero, Engine, PyTorch, Snapshot)
+    before = [dict(vars(kind)) for kind in kinds]
+    globals()[name]()
+    try:
+        yield
+    finally:
+        for kind, attributes in zip(kinds, before, strict=True):
+            for key, value in dict(vars(kind)).items():
+                if key not in attributes:
+                    delattr(kind, key)
+                elif value is not attributes[key]:
+                    setattr(kind, key, attributes[key])
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     sys.argv = sys.argv[2:]
-    runpy.run_path(str(Path(__file__).parents[2] / "scripts" / f"{sys.argv[0]}.py"), run_name="__main__")
+    runpy.run_path(
+        str(Path(__file__).parents[2] / "scripts" / f"{sys.argv[0]}.py"), run_name="__main__"
+    )

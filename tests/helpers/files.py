@@ -21,10 +21,19 @@ def written(path: Path, content: str | bytes) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     """All files of a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def read(paths: Sequence[Path], unit: Unit | None = None, text_field: str = "text", report: Report | None = None) -> Iterable[str]:
+def read(
+    paths: Sequence[Path],
+    unit: Unit | None = None,
+    text_field: str = "text",
+    report: Report | None = None,
+) -> Iterable[str]:
     """The documents of whole files."""
     whole = tuple(Span(file, 0, file.size) for file in find_files([str(path) for path in paths]))
     return documents(whole, unit, text_field, report)
@@ -34,10 +43,15 @@ def documents_of(shard: Shard) -> list[tuple[int, ...]]:
     """The documents of a shard, through its boundaries; each must end with ``</s>``."""
     assert shard.boundaries[0] == 0 and shard.boundaries[-1] == len(shard.tokens)
     found = [tuple(part.tolist()) for part in np.split(shard.tokens, shard.boundaries[1:-1])]
-    assert all(document[-1] == EOS for document in found) and [len(document) for document in found] == shard.lengths.tolist()
+    assert (
+        all(document[-1] == EOS for document in found)
+        and [len(document) for document in found] == shard.lengths.tolist()
+    )
     return found
 
 
 def texts_of(folder: Path, split: str) -> list[tuple[int, ...]]:
     """The documents of a split of shards, in their order."""
-    return [document for shard in open_shards(folder).splits[split] for document in documents_of(shard)]
+    return [
+        document for shard in open_shards(folder).splits[split] for document in documents_of(shard)
+    ]

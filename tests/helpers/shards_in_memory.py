@@ -7,8 +7,14 @@ from kantai.data.shards import Shard, Split
 
 def split_of(*shards: tuple[np.ndarray, list[int]]) -> Split:
     """Shards of tokens and document boundaries."""
-    made = {str(number): Shard(tokens, np.array(boundaries, np.int32)) for number, (tokens, boundaries) in enumerate(shards)}
-    entries = [{"file": name, "documents": len(shard.boundaries) - 1, "tokens": len(shard.tokens)} for name, shard in made.items()]
+    made = {
+        str(number): Shard(tokens, np.array(boundaries, np.int32))
+        for number, (tokens, boundaries) in enumerate(shards)
+    }
+    entries = [
+        {"file": name, "documents": len(shard.boundaries) - 1, "tokens": len(shard.tokens)}
+        for name, shard in made.items()
+    ]
     return Split(entries, made.__getitem__)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import MAX_SECONDS, ROOT, end_of
 
 SCRIPT = ROOT / "tests" / "helpers" / "minislurm.sh"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -45,7 +45,9 @@ class Cluster:
 
     def sbatch(self, *arguments: object, site: str = "") -> str:
         """Submit one of slurm/*.sbatch from the repository's root, with the tests' site.env and some lines more, and return the job's id."""
-        path = self.folder / f"site-{time.monotonic_ns()}.env"  # one a job: a requeued job reads it again
+        path = (
+            self.folder / f"site-{time.monotonic_ns()}.env"
+        )  # one a job: a requeued job reads it again
         path.write_text(
             f"""
             export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
@@ -69,12 +71,20 @@ class Cluster:
         path = self.logs / f"{name}-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, job: str, states: set[str] = ENDED, seconds: float = 300) -> dict[str, str]:
+    def wait(
+        self, job: str, states: set[str] = ENDED, seconds: float = MAX_SECONDS
+    ) -> dict[str, str]:
         """Return the job when it is in one of some states."""
         self.wait_until(lambda: self.job(job)["JobState"] in states, seconds, job)
         return self.job(job)
 
-    def wait_until(self, happened: Callable[[], bool], seconds: float = 300, job: str = "", poll_seconds: float = 0.2) -> None:
+    def wait_until(
+        self,
+        happened: Callable[[], bool],
+        seconds: float = MAX_SECONDS,
+        job: str = "",
+        poll_seconds: float = 0.2,
+    ) -> None:
         """Return when something has happened; fail with all logs when it does not in time."""
         end = time.monotonic() + seconds
         while not happened():
@@ -83,12 +93,27 @@ class Cluster:
 
     def all_logs(self) -> str:
         """The ends of all logs of all jobs."""
-        return "\n".join(f"=== {path}\n{path.read_text()[-3000:]}" for path in sorted(self.logs.rglob("*.[lo][ou][gt]")))
+        return "\n".join(
+            f"=== {path}\n{end_of(path.read_text())}"
+            for path in sorted(self.logs.rglob("*.[lo][ou][gt]"))
+        )
 
     def _call(self, verb: str, *arguments: object) -> str:
         command = ["bash", str(SCRIPT), verb, self._state, *map(str, arguments)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_"))
+        }
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=MAX_SECONDS,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -35,7 +35,10 @@ def gradients() -> Iterator[list[Tensor]]:
     """Of each step, for all parameters: far from 0 and of different sizes."""
     torch.manual_seed(2)
     for _ in range(STEPS):
-        yield [torch.randn_like(parameter) * 10.0**number for number, parameter in enumerate(Tiny().parameters(), -5)]
+        yield [
+            torch.randn_like(parameter) * 10.0**number
+            for number, parameter in enumerate(Tiny().parameters(), -5)
+        ]
 
 
 def trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -19,14 +19,30 @@ from kantai.export import export
 from kantai.model.roberta import build_model
 from kantai.storage.atomic import verify
 from kantai.training.run_dir import RunDir
-from tests.helpers.commands import ROOT, TINY, job, metrics, several, state
+from tests.helpers.commands import ROOT, TINY, job, several
+from tests.helpers.runs import assert_same_run, assert_same_weights, metrics, state
 
 STEPS = 6
-BACKENDS = [("cpu", 2), ("cpu", 3), ("zero0", 2), ("small1", 2), ("small2", 2), ("zero2_offload", 2), ("small3", 3), ("zero3_offload", 2)]
+BACKENDS = [
+    ("cpu", 2),
+    ("cpu", 3),
+    ("zero0", 2),
+    ("small1", 2),
+    ("small2", 2),
+    ("zero2_offload", 2),
+    ("small3", 3),
+    ("zero3_offload", 2),
+]
 # ZeRO as it is with models of 100 million parameters, of which the tests' have 50,000: all of them split, in several buckets. Stage 1 has every
 # other switch that a DeepSpeed file may turn.
 SMALL: dict[str, dict[str, Any]] = {
-    "small1": {"stage": 1, "overlap_comm": True, "contiguous_gradients": False, "reduce_scatter": False, "allgather_partitions": False},
+    "small1": {
+        "stage": 1,
+        "overlap_comm": True,
+        "contiguous_gradients": False,
+        "reduce_scatter": False,
+        "allgather_partitions": False,
+    },
     "small2": {"stage": 2, "allgather_bucket_size": 3000},
     "small3": {
         "stage": 3,
@@ -68,7 +84,9 @@ def references(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -
     """One process, no launcher, the whole batch at once."""
     folder = tmp_path_factory.mktemp("references")
     whole = [*arguments, "--batch.micro_batch_size=10"]
-    jobs = [job(folder / optimizer, *whole, f"--optimizer.name={optimizer}") for optimizer in OPTIMIZERS]
+    jobs = [
+        job(folder / optimizer, *whole, f"--optimizer.name={optimizer}") for optimizer in OPTIMIZERS
+    ]
     jobs += [job(folder / name, *whole, *how) for name, how in SHAPES.items()]
     several(None, 1, folder, [*jobs, job(folder / "poisoned", *whole, poisoned=[3])])
     return folder
@@ -86,35 +104,30 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         }
         launcher = yaml.safe_load((ROOT / "configs/accelerate/zero3.yaml").read_text())
         del launcher["mixed_precision"]  # Accelerate refuses that beside a DeepSpeed file
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**launcher, "deepspeed_config": deepspeed}))
-        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": {**zero, "reduce_bucket_size": 3000}}))
+        (folder / f"{name}.yaml").write_text(
+            yaml.safe_dump({**launcher, "deepspeed_config": deepspeed})
+        )
+        (folder / f"{name}.json").write_text(
+            json.dumps({"zero_optimization": {**zero, "reduce_bucket_size": 3000}})
+        )
         names[name] = os.path.relpath(folder / name, ROOT / "configs/accelerate")
     return names
 
 
-def assert_same_losses(run: Path, reference: Path, loss: float, norm: float) -> None:
-    assert len(metrics(run, "train/loss")) == STEPS
-    assert metrics(run, "train/loss") == pytest.approx(metrics(reference, "train/loss"), abs=loss)
-    assert metrics(run, "train/grad_norm") == pytest.approx(metrics(reference, "train/grad_norm"), abs=norm)
-    assert metrics(run, "held_out/loss") == pytest.approx(metrics(reference, "held_out/loss"), abs=loss)
-
-
-def assert_same_state(run: Path, reference: Path, step: int = STEPS) -> None:
-    """All weights and moments of a checkpoint."""
-    ours, theirs = state(run, step), state(reference, step)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert abs(tensor - theirs[name]).max() <= 1e-4, name
-
-
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: f"{backend[0]}-{backend[1]}")
 def test_every_backend_trains_as_one_process_does(
-    backend: tuple[str, int], launchers: dict[str, str], arguments: list[str], references: Path, tmp_path: Path
+    backend: tuple[str, int],
+    launchers: dict[str, str],
+    arguments: list[str],
+    references: Path,
+    tmp_path: Path,
 ) -> None:
     """In every precision and shape of batches, with both optimizers, from scratch, from another backend's checkpoint, and from its own."""
     muon, run = [*arguments, "--optimizer.name=muon"], tmp_path
     dropout = [*muon, *DROPOUT, "--training.precision=fp16"]
-    precisions = {precision: [*arguments, f"--training.precision={precision}"] for precision in TOLERANCE}
+    precisions = {
+        precision: [*arguments, f"--training.precision={precision}"] for precision in TOLERANCE
+    }
     jobs = [
         *(job(run / precision, *how) for precision, how in precisions.items()),
         *(job(run / name, *arguments, *how) for name, how in SHAPES.items()),
@@ -126,54 +139,90 @@ def test_every_backend_trains_as_one_process_does(
     ]
     several(launchers.get(backend[0], backend[0]), backend[1], tmp_path, jobs)
 
-    for precision, tolerances in TOLERANCE.items():
-        assert_same_losses(run / precision, references / "adamw", *tolerances)
+    for precision, (loss, norm) in TOLERANCE.items():
+        assert_same_run(run / precision, references / "adamw", loss=loss, norm=norm, weights=None)
         # Logits are fp32 whatever computed them: a loss of 8 in bf16 goes in steps of 1/32.
         assert any(round(loss * 32) != loss * 32 for loss in metrics(run / precision, "train/loss"))
     exact = {"fp32": "adamw", "muon": "muon", "changed": "muon", **{name: name for name in SHAPES}}
     for name, reference in exact.items():
-        assert_same_losses(run / name, references / reference, *TOLERANCE["fp32"])
-        assert_same_state(run / name, references / reference)
+        assert_same_run(run / name, references / reference)
 
     # One rank's NaN: nobody steps at that step, and all go on.
-    assert_same_state(run / "poisoned", references / "poisoned")
-    assert metrics(run / "poisoned", "train/loss")[4:] == pytest.approx(metrics(references / "poisoned", "train/loss")[4:], abs=1e-5)
+    assert_same_weights(run / "poisoned", references / "poisoned")
+    assert metrics(run / "poisoned", "train/loss")[4:] == pytest.approx(
+        metrics(references / "poisoned", "train/loss")[4:], abs=1e-5
+    )
 
     # The same world and backend: to the last bit.
-    straight, again = (CheckpointStore(run / name).path(STEPS) for name in ("dropout", "dropout-again"))
+    straight, again = (
+        CheckpointStore(run / name).path(STEPS) for name in ("dropout", "dropout-again")
+    )
     assert verify(again)["files"] == verify(straight)["files"]
 
 
 def test_one_run_passed_from_backend_to_backend(arguments: list[str], tmp_path: Path) -> None:
-    """Every two steps another backend and world takes over; at the end it is the run of one process, moments, loss scale and all."""
-    relay: list[tuple[str | None, int]] = [("zero2", 2), ("zero3", 3), ("zero1", 2), ("cpu", 2), (None, 1)]
+    """Every two steps another backend and world takes over; at the end it is the run of one process, moments, loss scale, stages and all.
+
+    One of the runs changes the shape of its batches where another takes over.
+    """
+    relay: list[tuple[str | None, int]] = [
+        ("zero2", 2),
+        ("zero3", 3),
+        ("zero1", 2),
+        ("cpu", 2),
+        (None, 1),
+    ]
     total = 2 * len(relay)
+    long = [*arguments, f"--training.max_steps={total}"]
     how = {
-        precision: [*arguments, f"--training.max_steps={total}", "--optimizer.name=muon", f"--training.precision={precision}"]
-        for precision in ("fp32", "fp16")
+        "fp32": [*long, "--optimizer.name=muon"],
+        "fp16": [*long, "--optimizer.name=muon", "--training.precision=fp16"],
+        "stages": [*long, *SHAPES["stages"]],
     }
     one, run = tmp_path / "one", tmp_path / "relay"
-    several(None, 1, tmp_path, [job(one / precision, *arguments) for precision, arguments in how.items()])
+    several(None, 1, tmp_path, [job(one / name, *settings) for name, settings in how.items()])
     for leg, (launcher, processes) in enumerate(relay, 1):
-        several(launcher, processes, tmp_path, [job(run / precision, *arguments) for precision, arguments in how.items()])
+        printed = several(
+            launcher,
+            processes,
+            tmp_path,
+            [job(run / name, *settings) for name, settings in how.items()],
+        )
+        assert all(f"{total} steps, {2 * leg - 2} done" in of_one for of_one in printed)
+        if leg == 1:
+            assert (
+                "from step 0 on: 20 sequences a step = 2 ranks x 2 micro-steps x 5" in printed[-1]
+            )
+            assert (
+                "from step 4 on: 18 sequences a step = 2 ranks x 3 micro-steps x 3" in printed[-1]
+            )
         for later in range(2 * leg + 2, total + 1, 2):
-            for precision in how:
-                shutil.rmtree(CheckpointStore(run / precision).path(later))
-    for precision in how:
-        expected = metrics(one / precision, "train/loss")
-        assert metrics(run / precision, "train/loss") == pytest.approx(expected, abs=TOLERANCE[precision][0])
-    assert metrics(run / "fp16", "train/loss_scale") == [2.0**power for power in (14, 14, 14, 15, 15, 15, 16, 16, 16, 17)]
-    assert_same_state(run / "fp32", one / "fp32", total)
+            for name in how:
+                shutil.rmtree(CheckpointStore(run / name).path(later))
+    assert_same_run(run / "fp32", one / "fp32")
+    assert_same_run(run / "stages", one / "stages")
+    loss, norm = TOLERANCE["fp16"]
+    assert_same_run(run / "fp16", one / "fp16", loss=loss, norm=norm, weights=None)
+    assert metrics(run / "fp16", "train/loss_scale") == [
+        2.0**power for power in (14, 14, 14, 15, 15, 15, 16, 16, 16, 17)
+    ]
 
     # Embedding and vocabulary are one matrix: in what ZeRO-3 saved, and in what is exported of it.
-    written, config = CheckpointStore(run / "fp32").path(4), load_config(run / "fp32" / "config.yaml")
+    written, config = (
+        CheckpointStore(run / "fp32").path(4),
+        load_config(run / "fp32" / "config.yaml"),
+    )
     saved, data = state(run / "fp32", 4), open_data(config)
     assert len(list(written.glob("*.safetensors"))) == 3
     assert not any("decoder.weight" in name for name in saved)
-    model = build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed)
+    model = build_model(
+        config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
+    )
     load_weights(model, written)
     export(RunDir(run / "fp32", config, data), model, 4, tmp_path / "model")
     loaded = RobertaForMaskedLM.from_pretrained(tmp_path / "model")
     embedding = loaded.roberta.embeddings.word_embeddings.weight
     assert loaded.lm_head.decoder.weight is embedding
-    assert torch.equal(embedding, torch.from_numpy(saved["roberta.embeddings.word_embeddings.weight"]))
+    assert torch.equal(
+        embedding, torch.from_numpy(saved["roberta.embeddings.word_embeddings.weight"])
+    )

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from kantai.data.tokenizer import save_tokenizer
 from kantai.preprocessing.tokenizer_training import train_tokenizer
 from kantai.storage.atomic import staged
-from tests.helpers.commands import ENVIRONMENT, ROOT, TINY, pretrain, script
+from tests.helpers.commands import ROOT, TINY, launch_command, pretrain, run_program, script
 
 
 class Workshop:
@@ -32,10 +33,23 @@ class Workshop:
         return ("train_tokenizer", "--output", self.new, *arguments)
 
     def tokenize(self, corpus: Path, *arguments: object) -> tuple[object, ...]:
-        return ("tokenize_corpus", "--input", corpus, "--tokenizer", self.tokenizer, "--output", self.new, *arguments)
+        return (
+            "tokenize_corpus",
+            "--input",
+            corpus,
+            "--tokenizer",
+            self.tokenizer,
+            "--output",
+            self.new,
+            *arguments,
+        )
 
     def pretrain(self, *arguments: object) -> tuple[object, ...]:
-        where = [f"--data.shards={self.shards}", f"--data.tokenizer={self.tokenizer}", f"--run_dir={self.new}"]
+        where = [
+            f"--data.shards={self.shards}",
+            f"--data.tokenizer={self.tokenizer}",
+            f"--run_dir={self.new}",
+        ]
         return ("pretrain", "--config", ROOT / "configs/quickstart.yaml", *TINY, *where, *arguments)
 
 
@@ -59,44 +73,138 @@ def other_tokenizer(folder: Path) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Workshop], tuple[object, ...]], str]] = {
-    "missing file": (lambda w: w.train_tokenizer("--input", w.folder / "nothing.txt"), "no input at"),
+    "missing file": (
+        lambda w: w.train_tokenizer("--input", w.folder / "nothing.txt"),
+        "no input at",
+    ),
     "empty file": (lambda w: w.train_tokenizer("--input", w.file("empty.txt", b"")), "is empty"),
     "blank file": (lambda w: w.tokenize(w.file("blank.txt", b"\n \n")), "the input has no text"),
-    "binary file": (lambda w: w.tokenize(w.file("binary.txt", b"text\n\0\0\0\n")), "line 2 has a NUL byte"),
-    "wrong encoding": (lambda w: w.tokenize(w.file("latin1.txt", "Ding an sich\nübersinnlich".encode("latin-1"))), "line 2 is not UTF-8"),
-    "bad JSON": (lambda w: w.tokenize(w.file("a.jsonl", b'{"text": "good"}\n{"text": \n')), "line 2 is not JSON"),
-    "other field": (lambda w: w.tokenize(w.file("a.jsonl", b'{"content": "good"}\n')), "--text_field"),
-    "tiny vocabulary": (lambda w: w.train_tokenizer("--input", w.corpus, "--vocab_size", 100), "--vocab_size 100 is too small"),
-    "large sample": (lambda w: w.train_tokenizer("--input", w.corpus, "--sample_bytes", 1e10), "--sample_bytes 1e+10 must lie between"),
-    "driver not installed": (lambda w: w.train_tokenizer("--input", "gs://bucket/a.txt"), "pip install gcsfs"),
-    "no data set": (lambda w: w.train_tokenizer("--input", "hub:./nothing"), "hub:./nothing cannot be opened"),
-    "too little text": (lambda w: w.train_tokenizer("--input", w.file("a.txt", b"a")), "bring more text"),
-    "no tokenizer": (lambda w: ("tokenize_corpus", "--input", w.corpus, "--tokenizer", w.folder, "--output", w.new), "no tokenizer at"),
-    "held out too much": (lambda w: w.tokenize(w.corpus, "--held_out", 1.5), "--held_out 1.5 must lie between 0 and 1"),
-    "part without parts": (lambda w: w.tokenize(w.corpus, "--part", 0), "give --part and --parts together"),
-    "merge of a part": (lambda w: w.tokenize(w.corpus, "--part", 0, "--parts", 2, "--merge"), "and --merge without them"),
-    "a part too far": (lambda w: w.tokenize(w.corpus, "--part", 2, "--parts", 2), "--part 2 must be one of 0 to 1"),
-    "merge of nothing": (lambda w: w.tokenize(w.corpus, "--merge"), "1 of 1 pieces are not tokenized yet (0)"),
+    "binary file": (
+        lambda w: w.tokenize(w.file("binary.txt", b"text\n\0\0\0\n")),
+        "line 2 has a NUL byte",
+    ),
+    "wrong encoding": (
+        lambda w: w.tokenize(w.file("latin1.txt", "Ding an sich\nübersinnlich".encode("latin-1"))),
+        "line 2 is not UTF-8",
+    ),
+    "bad JSON": (
+        lambda w: w.tokenize(w.file("a.jsonl", b'{"text": "good"}\n{"text": \n')),
+        "line 2 is not JSON",
+    ),
+    "other field": (
+        lambda w: w.tokenize(w.file("a.jsonl", b'{"content": "good"}\n')),
+        "--text_field",
+    ),
+    "tiny vocabulary": (
+        lambda w: w.train_tokenizer("--input", w.corpus, "--vocab_size", 100),
+        "--vocab_size 100 is too small",
+    ),
+    "large sample": (
+        lambda w: w.train_tokenizer("--input", w.corpus, "--sample_bytes", 1e10),
+        "--sample_bytes 1e+10 must lie between",
+    ),
+    "driver not installed": (
+        lambda w: w.train_tokenizer("--input", "gs://bucket/a.txt"),
+        "pip install gcsfs",
+    ),
+    "no data set": (
+        lambda w: w.train_tokenizer("--input", "hub:./nothing"),
+        "hub:./nothing cannot be opened",
+    ),
+    "too little text": (
+        lambda w: w.train_tokenizer("--input", w.file("a.txt", b"a")),
+        "bring more text",
+    ),
+    "no tokenizer": (
+        lambda w: (
+            "tokenize_corpus",
+            "--input",
+            w.corpus,
+            "--tokenizer",
+            w.folder,
+            "--output",
+            w.new,
+        ),
+        "no tokenizer at",
+    ),
+    "held out too much": (
+        lambda w: w.tokenize(w.corpus, "--held_out", 1.5),
+        "--held_out 1.5 must lie between 0 and 1",
+    ),
+    "part without parts": (
+        lambda w: w.tokenize(w.corpus, "--part", 0),
+        "give --part and --parts together",
+    ),
+    "merge of a part": (
+        lambda w: w.tokenize(w.corpus, "--part", 0, "--parts", 2, "--merge"),
+        "and --merge without them",
+    ),
+    "a part too far": (
+        lambda w: w.tokenize(w.corpus, "--part", 2, "--parts", 2),
+        "--part 2 must be one of 0 to 1",
+    ),
+    "merge of nothing": (
+        lambda w: w.tokenize(w.corpus, "--merge"),
+        "1 of 1 pieces are not tokenized yet (0)",
+    ),
     "nothing held out": (lambda w: w.tokenize(w.file("a.txt", b"one line")), "raise --held_out"),
     "output exists": (
-        lambda w: ("tokenize_corpus", "--input", w.corpus, "--tokenizer", w.tokenizer, "--output", w.shards),
+        lambda w: (
+            "tokenize_corpus",
+            "--input",
+            w.corpus,
+            "--tokenizer",
+            w.tokenizer,
+            "--output",
+            w.shards,
+        ),
         "exists already",
     ),
-    "no config": (lambda w: ("pretrain", "--config", w.folder / "nothing.yaml"), "cannot read the config"),
-    "config that is no YAML": (lambda w: ("pretrain", "--config", w.file("a.yaml", b"a: [")), "is not YAML"),
-    "unknown key": (lambda w: w.pretrain("--optimizer.learning_rte=1"), "the nearest known one is 'optimizer.learning_rate'"),
-    "wrong type": (lambda w: w.pretrain("--batch.global_batch_size=many"), "batch.global_batch_size"),
+    "no config": (
+        lambda w: ("pretrain", "--config", w.folder / "nothing.yaml"),
+        "cannot read the config",
+    ),
+    "config that is no YAML": (
+        lambda w: ("pretrain", "--config", w.file("a.yaml", b"a: [")),
+        "is not YAML",
+    ),
+    "unknown key": (
+        lambda w: w.pretrain("--optimizer.learning_rte=1"),
+        "the nearest known one is 'optimizer.learning_rate'",
+    ),
+    "wrong type": (
+        lambda w: w.pretrain("--batch.global_batch_size=many"),
+        "batch.global_batch_size",
+    ),
     "wrong range": (lambda w: w.pretrain("--masking.ratio=1.5"), "masking.ratio"),
     "no such packing": (lambda w: w.pretrain("--data.packing=tight"), "data.packing"),
-    "long warm-up": (lambda w: w.pretrain("--optimizer.warmup_steps=9999"), "optimizer.warmup_steps 9999 is not less"),
+    "long warm-up": (
+        lambda w: w.pretrain("--optimizer.warmup_steps=9999"),
+        "optimizer.warmup_steps 9999 is not less",
+    ),
     "loose argument": (lambda w: w.pretrain("--fast"), "--section.key=value"),
-    "prompt without mask": (lambda w: w.pretrain('--evaluation.prompts=["I think"]'), "must have exactly one <mask>"),
+    "prompt without mask": (
+        lambda w: w.pretrain('--evaluation.prompts=["I think"]'),
+        "must have exactly one <mask>",
+    ),
     "no shards": (lambda w: w.pretrain(f"--data.shards={w.folder / 'nothing'}"), "no shards at"),
-    "another tokenizer": (lambda w: w.pretrain(f"--data.tokenizer={other_tokenizer(w.folder)}"), "were made with another tokenizer"),
-    "small embedding": (lambda w: w.pretrain("--model.vocab_size=64"), "model.vocab_size 64 is less than"),
+    "another tokenizer": (
+        lambda w: w.pretrain(f"--data.tokenizer={other_tokenizer(w.folder)}"),
+        "were made with another tokenizer",
+    ),
+    "small embedding": (
+        lambda w: w.pretrain("--model.vocab_size=64"),
+        "model.vocab_size 64 is less than",
+    ),
     "long sequences": (lambda w: w.pretrain("--data.seq_len=1000000"), "less than one sequence"),
-    "damaged shards": (lambda w: w.pretrain(f"--data.shards={with_flipped_bit(w.copy_of_shards())}"), "fails its checksum"),
-    "folder of something else": (lambda w: w.pretrain(f"--run_dir={w.shards}"), "is no run directory"),
+    "damaged shards": (
+        lambda w: w.pretrain(f"--data.shards={with_flipped_bit(w.copy_of_shards())}"),
+        "fails its checksum",
+    ),
+    "folder of something else": (
+        lambda w: w.pretrain(f"--run_dir={w.shards}"),
+        "is no run directory",
+    ),
     "no run to evaluate": (lambda w: ("evaluate", w.folder), "is no run directory"),
     "no run to export": (lambda w: ("export", w.folder, "--output", w.new), "is no run directory"),
     "no model": (lambda w: ("fill_mask", w.new, "I <mask>."), "no model at"),
@@ -137,16 +245,11 @@ def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> 
 
 
 def test_every_rank_refuses_and_one_speaks(workshop: Workshop) -> None:
-    command = [
-        "accelerate",
-        "launch",
-        "--config_file",
-        "configs/accelerate/cpu.yaml",
-        "scripts/pretrain.py",
-        "--config",
-        "configs/quickstart.yaml",
-    ]
-    done = subprocess.run([*command, "--seeed=1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = run_program(
+        launch_command(
+            "cpu", 2, "scripts/pretrain.py", "--config", "configs/quickstart.yaml", "--seeed=1"
+        )
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "unknown key 'seeed'; the nearest known one is 'seed'" in done.stderr
@@ -160,16 +263,15 @@ def test_no_space_left(workshop: Workshop) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
     try:
         limit = [] if os.geteuid() == 0 else ["prlimit", "--fsize=65536"]
-        command = [*limit, "python", "scripts/tokenize_corpus.py", "--input", workshop.corpus, "--tokenizer", workshop.tokenizer]
-        done = subprocess.run(
-            [*map(str, command), "--output", str(small / "shards")],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        program = [
+            sys.executable,
+            "scripts/tokenize_corpus.py",
+            "--input",
+            workshop.corpus,
+            "--tokenizer",
+            workshop.tokenizer,
+        ]
+        done = run_program([*limit, *program, "--output", small / "shards"])
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1
         assert "no space left" in done.stderr or "File too large" in done.stderr

@@ -7,7 +7,9 @@ from tests.helpers.commands import metrics, script
 
 
 def test_nothing_is_lost_in_a_chaos_of_kills_and_corruptions(tmp_path: Path) -> None:
-    done = script("chaos", "--work", tmp_path / "chaos", "--kills", 4, "--corruptions", 2, "--seed", 1)
+    done = script(
+        "chaos", "--work", tmp_path / "chaos", "--kills", 4, "--corruptions", 2, "--seed", 1
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     tally = json.loads((tmp_path / "chaos" / "tally.json").read_text())
     assert sum(tally["kills"].values()) >= 4 and sum(tally["corruptions"].values()) == 2
@@ -16,6 +18,8 @@ def test_nothing_is_lost_in_a_chaos_of_kills_and_corruptions(tmp_path: Path) -> 
     # The NaN follows the data: steps 7, 19 and 28 to 30 meet it, and behind the data that was skipped only step 33, with the data of 37.
     skipped = metrics(tmp_path / "chaos" / "undisturbed", "train/skipped")
     assert [step for step, is_skipped in enumerate(skipped) if is_skipped] == [7, 19, 33]
-    again = script("chaos", "--work", tmp_path / "chaos", "--kills", 4, "--corruptions", 2, "--seed", 1)
+    again = script(
+        "chaos", "--work", tmp_path / "chaos", "--kills", 4, "--corruptions", 2, "--seed", 1
+    )
     assert again.returncode == 0
     assert again.stdout == done.stdout  # all of it was done before

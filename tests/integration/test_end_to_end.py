@@ -1,8 +1,6 @@
 """The whole line with the commands of the README, and the quickstart, interrupted and run again."""
 
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ from kantai.checkpoint.state import load_weights
 from kantai.model.roberta import build_model
 from kantai.storage.atomic import verify
 from kantai.training.run_dir import open_saved_run
-from tests.helpers.commands import ENVIRONMENT, ROOT, kill_at_once, metrics, pretrain, script
+from tests.helpers.commands import ROOT, Program, pretrain, run_program, script, wait_until
+from tests.helpers.runs import metrics
 
 STEPS = 5
 
@@ -22,8 +21,18 @@ STEPS = 5
 @pytest.fixture(scope="module")
 def run(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("line") / "run"
-    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={folder}"]
-    pretrain(None, *where, f"--training.max_steps={STEPS}", "--evaluation.every_steps=2", "--checkpoint.every_steps=2")
+    where = [
+        f"--data.shards={shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        f"--run_dir={folder}",
+    ]
+    pretrain(
+        None,
+        *where,
+        f"--training.max_steps={STEPS}",
+        "--evaluation.every_steps=2",
+        "--checkpoint.every_steps=2",
+    )
     return folder
 
 
@@ -51,23 +60,39 @@ def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
 
 
 def test_retention_keeps_the_last_ones(run: Path) -> None:
-    assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000005",
+    ]
 
 
 def test_evaluate_says_what_training_said(run: Path) -> None:
     done = script("evaluate", run)
     assert done.returncode == 0, done.stderr
-    (loss,) = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss"))
+    (loss,) = (
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("loss")
+    )
     assert loss == pytest.approx(metrics(run, "held_out/loss")[-1], abs=1e-3)
     assert "unigram entropy" in done.stdout
 
 
-def test_the_exported_folder_is_stock_complete_and_the_trained_model(run: Path, model_dir: Path) -> None:
+def test_the_exported_folder_is_stock_complete_and_the_trained_model(
+    run: Path, model_dir: Path
+) -> None:
     verify(model_dir)
     opened, step = open_saved_run(run)
-    trained = build_model(opened.config.model, opened.data.vocabulary, seq_len=opened.config.data.seq_len, seed=opened.config.seed)
+    trained = build_model(
+        opened.config.model,
+        opened.data.vocabulary,
+        seq_len=opened.config.data.seq_len,
+        seed=opened.config.seed,
+    )
     load_weights(trained, opened.store.path(step))
-    loaded, tokenizer = AutoModelForMaskedLM.from_pretrained(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
+    loaded, tokenizer = (
+        AutoModelForMaskedLM.from_pretrained(model_dir).eval(),
+        AutoTokenizer.from_pretrained(model_dir),
+    )
     assert type(loaded).__name__ == "RobertaForMaskedLM"
     inputs = tokenizer("The value of the <mask> is an object.", return_tensors="pt")
     with torch.no_grad():
@@ -81,7 +106,9 @@ def test_the_exported_folder_is_stock_complete_and_the_trained_model(run: Path, 
     assert f"{metrics(run, 'held_out/loss')[-1]:.3f}" in card
 
 
-def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(run: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(
+    run: Path, model_dir: Path, tmp_path: Path
+) -> None:
     before = {path: path.read_bytes() for path in model_dir.rglob("*")}
     assert script("export", run, "--output", model_dir).returncode == 2
     assert {path: path.read_bytes() for path in model_dir.rglob("*")} == before
@@ -97,10 +124,15 @@ def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(run: Pa
 def test_fill_mask_prints_five_words_a_text(model_dir: Path, run: Path) -> None:
     prompts = (run / "prompts.txt").read_text().splitlines()
     assert len(prompts) == 3
-    done = script("fill_mask", model_dir, "A <mask> of the object.", "--prompts", run / "prompts.txt")
+    done = script(
+        "fill_mask", model_dir, "A <mask> of the object.", "--prompts", run / "prompts.txt"
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == ["A <mask> of the object.", *prompts]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "A <mask> of the object.",
+        *prompts,
+    ]
     assert len(lines) == 4 * 6
 
 
@@ -110,42 +142,49 @@ def test_a_mask_beyond_the_models_sight_is_said(model_dir: Path) -> None:
     assert "lies beyond the 32 tokens" in done.stderr.splitlines()[-1]
 
 
-def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(corpus_file: Path, tmp_path: Path) -> None:
-    """In a copy of the repository, with its .venv; a few steps instead of minutes of them."""
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, tmp_path / name)
+def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(
+    corpus_file: Path, tmp_path: Path
+) -> None:
+    """In a copy of what it needs, with its .venv; a few steps instead of minutes of them."""
+    for name in ("configs", "kantai", "scripts", "tests/helpers"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("constraints.txt", "pyproject.toml"):
+        shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    command = [
-        "bash",
-        "scripts/quickstart.sh",
-        "--corpus",
-        str(corpus_file),
+    settings = [
         "--training.max_steps=50",
         "--checkpoint.every_steps=5",
         "--optimizer.warmup_steps=5",
     ]
+    command = ["bash", "scripts/quickstart.sh", "--corpus", corpus_file, *settings]
+    pretrain = tmp_path / "scripts" / "pretrain.py"
 
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("runs/*/run/checkpoints/step-*")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    kill_at_once(process)
+    # So that it does not come to its end before it is killed: a rank that hangs after some steps.
+    real = pretrain.rename(pretrain.with_stem("real"))
+    pretrain.write_text(
+        "import runpy, sys; sys.argv[1:1] = ['hanging_rank', 'real']; runpy.run_path('tests/helpers/faults.py', None, '__main__')"
+    )
+    program = Program(
+        [*command, "--checkpoint.every_steps=1"], cwd=tmp_path, PYTHONPATH=str(tmp_path)
+    )
+    wait_until(lambda: list(tmp_path.glob("runs/*/run/checkpoints/step-*")), program)
+    program.kill_all()
+    real.replace(pretrain)
 
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_program(command, cwd=tmp_path, PYTHONPATH=str(tmp_path), code=0)
     (work,) = tmp_path.glob("runs/*")
     assert "50 steps, 0 done" not in done.stdout
     assert "50 steps, " in done.stdout
     assert len(metrics(work / "run", "train/loss")) == 50
-    for said in ("unigram entropy", "logits equal within", f"runs/{work.name}/model", "tensorboard --logdir"):
+    for said in (
+        "unigram entropy",
+        "logits equal within",
+        f"runs/{work.name}/model",
+        "tensorboard --logdir",
+    ):
         assert said in done.stdout
 
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
-    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = run_program(command, cwd=tmp_path, PYTHONPATH=str(tmp_path), code=0)
     assert again.stdout.splitlines()[-8:] == done.stdout.splitlines()[-8:]
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before

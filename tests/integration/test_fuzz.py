@@ -32,7 +32,11 @@ from kantai.training.run_dir import open_run_dir, open_saved_run
 from kantai.training.skipped_data import SkippedData
 from tests.helpers.commands import CONFIG, TINY
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+fuzz = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 # What the library promises of no file: a traceback for the user.
 Read = Callable[[], object]
@@ -41,14 +45,24 @@ Read = Callable[[], object]
 @st.composite
 def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     """A way to change some bytes: flipped, cut off, taken out, put in."""
-    how, at, some = draw(st.sampled_from("flip cut remove insert".split())), draw(st.floats(0, 1)), draw(st.binary(min_size=1, max_size=20))
+    how, at, some = (
+        draw(st.sampled_from("flip cut remove insert".split())),
+        draw(st.floats(0, 1)),
+        draw(st.binary(min_size=1, max_size=20)),
+    )
 
     def damage(content: bytes) -> bytes:
         place = int(at * len(content))
         if how == "flip":
-            changed = bytes(a ^ b for a, b in zip(content[place : place + len(some)], some, strict=False))
+            changed = bytes(
+                a ^ b for a, b in zip(content[place : place + len(some)], some, strict=False)
+            )
             return content[:place] + changed + content[place + len(changed) :]
-        behind = {"cut": b"", "remove": content[place + len(some) :], "insert": some + content[place:]}
+        behind = {
+            "cut": b"",
+            "remove": content[place + len(some) :],
+            "insert": some + content[place:],
+        }
         return content[:place] + behind[how]
 
     return damage
@@ -56,7 +70,9 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -64,7 +80,11 @@ anything = st.recursive(
 @st.composite
 def exchanges(draw: st.DrawFn) -> Callable[[Any], Any]:
     """A way to put another value somewhere into a tree of dicts and lists, or to take one out."""
-    path, value, gone = draw(st.lists(st.integers(0, 99), max_size=6)), draw(anything), draw(st.booleans())
+    path, value, gone = (
+        draw(st.lists(st.integers(0, 99), max_size=6)),
+        draw(anything),
+        draw(st.booleans()),
+    )
 
     def exchange(tree: Any, path: list[int] = path) -> Any:
         if not path or not isinstance(tree, dict | list) or not tree:
@@ -85,7 +105,10 @@ def signed_anew(folder: Path, change: Callable[[Any], Any] = lambda tree: tree) 
     """Give a folder a manifest that is right about its bytes."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["digest"]
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in manifest["files"]}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in manifest["files"]
+    }
     changed = change({**manifest, "files": files})
     signed = {**changed, "digest": digest(changed)} if isinstance(changed, dict) else changed
     (folder / MANIFEST).write_text(json.dumps(signed))
@@ -114,8 +137,15 @@ def reads(place: Path) -> Read:
     """All that is done with shards and tokenizer before a model is shown them, and with the run directory."""
 
     def read() -> None:
-        where = [f"--data.shards={place / 'shards'}", f"--data.tokenizer={place / 'tokenizer'}", f"--run_dir={place / 'run'}"]
-        config = load_config(place / "config.yaml", [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"])
+        where = [
+            f"--data.shards={place / 'shards'}",
+            f"--data.tokenizer={place / 'tokenizer'}",
+            f"--run_dir={place / 'run'}",
+        ]
+        config = load_config(
+            place / "config.yaml",
+            [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"],
+        )
         data = open_data(config)
         open_run_dir(config, data).newest()
         list(describe_shards(data.shards, data.vocabulary))
@@ -143,7 +173,9 @@ def test_a_config_of_any_values(exchange: Callable[[Any], Any], place: Path) -> 
 
 @fuzz
 @given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
-def test_shards_of_any_bytes(damage: Callable[[bytes], bytes], which: int, signs: bool, place: Path, shards_dir: Path) -> None:
+def test_shards_of_any_bytes(
+    damage: Callable[[bytes], bytes], which: int, signs: bool, place: Path, shards_dir: Path
+) -> None:
     files = sorted(path.name for path in shards_dir.iterdir() if path.is_file())
     name = files[which % len(files)]
     (place / "shards" / name).write_bytes(damage((shards_dir / name).read_bytes()))
@@ -156,7 +188,9 @@ def test_shards_of_any_bytes(damage: Callable[[bytes], bytes], which: int, signs
 
 @fuzz
 @given(exchange=exchanges())
-def test_a_manifest_of_any_values(exchange: Callable[[Any], Any], place: Path, shards_dir: Path) -> None:
+def test_a_manifest_of_any_values(
+    exchange: Callable[[Any], Any], place: Path, shards_dir: Path
+) -> None:
     signed_anew(place / "shards", exchange)
     survives(place, reads(place))
     shutil.copy(shards_dir / MANIFEST, place / "shards" / MANIFEST)
@@ -165,7 +199,11 @@ def test_a_manifest_of_any_values(exchange: Callable[[Any], Any], place: Path, s
 @fuzz
 @given(damage=damages(), exchange=exchanges(), bytewise=st.booleans())
 def test_a_tokenizer_of_any_content(
-    damage: Callable[[bytes], bytes], exchange: Callable[[Any], Any], bytewise: bool, place: Path, tokenizer_dir: Path
+    damage: Callable[[bytes], bytes],
+    exchange: Callable[[Any], Any],
+    bytewise: bool,
+    place: Path,
+    tokenizer_dir: Path,
 ) -> None:
     content = (tokenizer_dir / "tokenizer.json").read_bytes()
     changed = damage(content) if bytewise else json.dumps(exchange(json.loads(content))).encode()
@@ -180,16 +218,22 @@ def test_a_tokenizer_of_any_content(
 
 
 @pytest.fixture(scope="module")
-def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Engine]]:
+def saved(
+    shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Engine]]:
     """A run directory with a checkpoint, and an engine that can take it up."""
     run = tmp_path_factory.mktemp("saved") / "run"
     where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={run}"]
-    config = load_config(CONFIG, [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"])
+    config = load_config(
+        CONFIG, [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"]
+    )
     run_dir = open_run_dir(config, open_data(config))
     run_dir.create()
     engine = Engine(
         RankInfo(0, 1, 0),
-        build_model(config.model, run_dir.data.vocabulary, seq_len=config.data.seq_len, seed=config.seed),
+        build_model(
+            config.model, run_dir.data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
+        ),
         config.optimizer,
         config.training,
         seed=config.seed,
@@ -199,7 +243,15 @@ def saved(shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     for step in (2, 4):
         store.publish(step, engine.save_state(store.begin(step)), lineage=run_dir.lineage)
     metrics = Metrics(run, store, 1, 0.0)
-    metrics.log(1, {"train/loss": 7.0, "train/grad_norm": 1.0, "train/skipped": 0.0, "speed/step_seconds": 1.0})
+    metrics.log(
+        1,
+        {
+            "train/loss": 7.0,
+            "train/grad_norm": 1.0,
+            "train/skipped": 0.0,
+            "speed/step_seconds": 1.0,
+        },
+    )
     metrics.finish()
     SkippedData.of(run).skip(2, 3, store)
     yield run, engine
@@ -221,7 +273,11 @@ def resumes(run: Path, engine: Engine) -> Read:
 @fuzz
 @given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
 def test_a_run_directory_of_any_bytes(
-    damage: Callable[[bytes], bytes], which: int, signs: bool, saved: tuple[Path, Engine], tmp_path: Path
+    damage: Callable[[bytes], bytes],
+    which: int,
+    signs: bool,
+    saved: tuple[Path, Engine],
+    tmp_path: Path,
 ) -> None:
     run, engine = saved
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -236,7 +292,9 @@ def test_a_run_directory_of_any_bytes(
 
 @fuzz
 @given(exchange=exchanges(), name=st.sampled_from(["manifest", "header", "skipped_data", "config"]))
-def test_a_run_directory_of_any_values(exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path) -> None:
+def test_a_run_directory_of_any_values(
+    exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path
+) -> None:
     run, engine = saved
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
@@ -261,7 +319,9 @@ def test_a_run_directory_of_any_values(exchange: Callable[[Any], Any], name: str
 
 @fuzz
 @given(damage=damages())
-def test_metrics_of_any_bytes_are_gone_on_with(damage: Callable[[bytes], bytes], saved: tuple[Path, Engine], tmp_path: Path) -> None:
+def test_metrics_of_any_bytes_are_gone_on_with(
+    damage: Callable[[bytes], bytes], saved: tuple[Path, Engine], tmp_path: Path
+) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(damage((saved[0] / "metrics.jsonl").read_bytes() * 3))
     gone_on_with(tmp_path)
 
@@ -273,7 +333,9 @@ def test_metrics_of_any_values_are_gone_on_with(
 ) -> None:
     for each in ("metrics", "starts"):
         line = json.loads((saved[0] / f"{each}.jsonl").read_text())
-        (tmp_path / f"{each}.jsonl").write_text(json.dumps(exchange(line) if each == name else line) + "\n")
+        (tmp_path / f"{each}.jsonl").write_text(
+            json.dumps(exchange(line) if each == name else line) + "\n"
+        )
     gone_on_with(tmp_path)
 
 

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kantai.checkpoint.store import CheckpointStore
 from kantai.storage.atomic import verify
-from tests.helpers.commands import TINY, metrics, pretrain, script
+from tests.helpers.commands import TINY, pretrain, script
+from tests.helpers.runs import assert_same_run, metrics
 from tests.helpers.slurm_cluster import Cluster, cluster_of
 
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
@@ -45,7 +46,9 @@ def frozen(cluster: Cluster, job: str, run: Path, steps: int) -> Iterator[None]:
     found = [process for process in rank_0(run) if process.status() != psutil.STATUS_STOPPED]
     for process in found:
         process.send_signal(signal.SIGSTOP)
-    cluster.wait_until(lambda: all(process.status() == psutil.STATUS_STOPPED for process in found), job=job)
+    cluster.wait_until(
+        lambda: all(process.status() == psutil.STATUS_STOPPED for process in found), job=job
+    )
     yield
     thaw(found)
 
@@ -61,7 +64,8 @@ def processes(*words: str) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["name", "cmdline"])
-        if (process.info["name"] or "").startswith("python") and set(words) <= set(process.info["cmdline"] or [])
+        if (process.info["name"] or "").startswith("python")
+        and set(words) <= set(process.info["cmdline"] or [])
     ]
 
 
@@ -104,8 +108,12 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     nvidia_smi.parent.mkdir()
     good, bad = "580.1, H200, 143771, 1, 0", "580.1, A100, 81920, 9000, 0"
     # The only thing here that is not real.
-    nvidia_smi.write_text(f"#!/bin/sh\n[ $(hostname) = n4 ] && echo '{bad}' || printf '%s\\n' '{good}' '{good}'\n")
-    inside.write_text(f'#!/bin/sh\n[ $(hostname) != n3 ] || export LD_PRELOAD={faketime} FAKETIME=-1h\nexec "$@"\n')
+    nvidia_smi.write_text(
+        f"#!/bin/sh\n[ $(hostname) = n4 ] && echo '{bad}' || printf '%s\\n' '{good}' '{good}'\n"
+    )
+    inside.write_text(
+        f'#!/bin/sh\n[ $(hostname) != n3 ] || export LD_PRELOAD={faketime} FAKETIME=-1h\nexec "$@"\n'
+    )
     for program in (nvidia_smi, inside):
         program.chmod(0o755)
     site = f"PATH={nvidia_smi.parent}:$PATH CONTAINER=({inside}) PREFLIGHT=yes MIN_NODES=2 RANKS_PER_NODE=2"
@@ -114,7 +122,9 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     for folder, size in ((cluster.scratch, "1m"), (tmp_path, "1g")):
         cluster.admin("onnode", "n2", "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
     try:
-        job = cluster.sbatch("--nodes=4", *PRETRAIN, "zero2", *how, f"--run_dir={tmp_path / 'run'}", site=site)
+        job = cluster.sbatch(
+            "--nodes=4", *PRETRAIN, "zero2", *how, f"--run_dir={tmp_path / 'run'}", site=site
+        )
         assert cluster.wait(job)["JobState"] == "FAILED"  # its successor goes on
     finally:
         for folder in (cluster.scratch, tmp_path):
@@ -122,9 +132,14 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     printed = cluster.output(job)
     verdicts = dict(re.findall(r"^(n\d) .*GiB/s  (.*)$", printed, re.MULTILINE))
     (seconds,) = re.findall("^clock is (.*) s off$", verdicts.pop("n3"))
-    assert float(seconds) == pytest.approx(-3600, abs=1), printed
-    assert verdicts.pop("n2") == f"{cluster.scratch}: No space left on device; {tmp_path} is a different folder on this node", printed
-    lacks = "9000 MiB of GPU 0 are in use; 1 of 2 GPUs; GPU A100 of 81920 MiB, not H200 of 143771 MiB"
+    assert float(seconds) == pytest.approx(-3600, abs=60), printed
+    assert (
+        verdicts.pop("n2")
+        == f"{cluster.scratch}: No space left on device; {tmp_path} is a different folder on this node"
+    ), printed
+    lacks = (
+        "9000 MiB of GPU 0 are in use; 1 of 2 GPUs; GPU A100 of 81920 MiB, not H200 of 143771 MiB"
+    )
     assert verdicts == {"n1": "good", "n4": lacks}, printed
     assert (cluster.logs / f"pretrain-{job}" / "bad_nodes").read_text() == "n2\nn3\nn4\n"
 
@@ -132,18 +147,30 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     pretrain(None, *how, f"--run_dir={tmp_path / 'one'}")
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.all_logs()
     logs = cluster.logs / f"pretrain-{job}" / "attempt-0.0"
-    assert sorted(path.name for path in logs.iterdir()) == ["n1.log", "n5.log", *(f"rank-0000{rank}.log" for rank in range(4))]
+    assert sorted(path.name for path in logs.iterdir()) == [
+        "n1.log",
+        "n5.log",
+        *(f"rank-0000{rank}.log" for rank in range(4)),
+    ]
     assert "4 ranks x" in (logs / "rank-00000.log").read_text()
-    for name in ("train/loss", "train/grad_norm", "held_out/loss"):
-        assert metrics(tmp_path / "run", name) == pytest.approx(metrics(tmp_path / "one", name), abs=1e-5)
+    assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
-def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: Cluster, data_arguments: list[str], tmp_path: Path) -> None:
-    run, how = tmp_path / "run", [*data_arguments, "--training.max_steps=40"]
+def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
+    cluster: Cluster, data_arguments: list[str], tmp_path: Path
+) -> None:
+    steps = 120  # more than a fast machine does before it is frozen
+    run, how = tmp_path / "run", [*data_arguments, f"--training.max_steps={steps}"]
     pretrain("cpu", *how, f"--run_dir={tmp_path / 'straight'}")
     start = time.time()
     # SLURM looks every 30 seconds, and signals that much earlier: 10 to 40 seconds after the start. What comes with the start may be lost.
-    options = ("--nodes=3", "--time=1", "--signal=B:USR1@20", "--gpus=6", "--export=KANTAI_SITE,SLURM_TIME_FORMAT=relative")
+    options = (
+        "--nodes=3",
+        "--time=1",
+        "--signal=B:USR1@20",
+        "--gpus=6",
+        "--export=KANTAI_SITE,SLURM_TIME_FORMAT=relative",
+    )
     site = "RANKS_PER_NODE=1 USE_NODES=2 SLURM_JOB_END_TIME=9999999999"  # ranks that know it would stop before the signal on a slow machine
     job = cluster.sbatch(*options, *PRETRAIN, "cpu", *how, f"--run_dir={run}", site=site)
 
@@ -151,16 +178,32 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: C
         return int(cluster.job(job)["Restarts"]) >= at_least
 
     for number in (1, 2):
-        with frozen(cluster, job, run, steps_logged(run) + 1):  # until SLURM sends the signal before the limit
-            cluster.wait_until(lambda count=number: cluster.output(job).count("asked to stop: passing") >= count, job=job)
+        with frozen(
+            cluster, job, run, steps_logged(run) + 1
+        ):  # until SLURM sends the signal before the limit
+            cluster.wait_until(
+                lambda count=number: cluster.output(job).count("asked to stop: passing") >= count,
+                job=job,
+            )
         cluster.wait_until(lambda count=number: restarts(count), job=job)
         assert not list(cluster.scratch.glob("kantai-*"))
-    with frozen(cluster, job, run, steps_logged(run) + 1):  # a job that goes before ours wants the nodes: SIGTERM to all ranks
-        cluster.run("sbatch", "--partition=urgent", "--nodes=5", "--exclusive", "--output=/dev/null", "--wrap=true")
+    with frozen(
+        cluster, job, run, steps_logged(run) + 1
+    ):  # a job that goes before ours wants the nodes: SIGTERM to all ranks
+        cluster.run(
+            "sbatch",
+            "--partition=urgent",
+            "--nodes=5",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=true",
+        )
         cluster.wait_until(lambda: cluster.job(job)["PreemptTime"] != "None", job=job)
     cluster.wait_until(lambda: restarts(3), job=job)
     cluster.wait(job, {"PENDING", "RUNNING"})
-    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")  # a busy machine would need several minutes more
+    cluster.run(
+        "scontrol", "update", f"jobid={job}", "timelimit=10"
+    )  # a busy machine would need several minutes more
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.all_logs()
     for name in ("train/loss", "train/grad_norm", "held_out/loss"):
         assert metrics(run, name) == metrics(tmp_path / "straight", name)
@@ -173,7 +216,9 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: C
     # From each start of the job on, not of its processes, which the batch script starts when it has said so; until its last record, which is
     # lost where a start was ended before it could save, but is not from after the launchers' end.
     began = [json.loads(line)["began"] for line in (run / "starts.jsonl").read_text().splitlines()]
-    assert all(since <= at for since, at in zip(began, said(cluster.output(job), "nodes"), strict=True))
+    assert all(
+        since <= at for since, at in zip(began, said(cluster.output(job), "nodes"), strict=True)
+    )
     kept = [json.loads(line)["time"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     launchers_ended = said(cluster.output(job), "the launchers ended")
     least = most = 0.0
@@ -181,7 +226,9 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(cluster: C
         least += max(since, *(at for at in kept if at <= until)) - since
         most += min(until, *(at + 1 for at in launchers_ended if since <= at)) - since
     assert least - 1 <= allocated <= most + 1
-    ours, theirs = (verify(CheckpointStore(folder).path(40)) for folder in (run, tmp_path / "straight"))
+    ours, theirs = (
+        verify(CheckpointStore(folder).path(steps)) for folder in (run, tmp_path / "straight")
+    )
     assert ours["files"] == theirs["files"]
 
 
@@ -195,12 +242,31 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
     text = corpus_file.read_text().split("\n\n")
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("\n\n".join(text[number::4]))
-    how = ["--input", tmp_path / "*.txt", "--tokenizer", tokenizer_dir, "--document", "paragraph", "--held_out", 0.05]
-    job = cluster.sbatch("--array=0-2", "--cpus-per-task=1", "slurm/tokenize.sbatch", *how, "--output", tmp_path / "array")
+    how = [
+        "--input",
+        tmp_path / "*.txt",
+        "--tokenizer",
+        tokenizer_dir,
+        "--document",
+        "paragraph",
+        "--held_out",
+        0.05,
+    ]
+    job = cluster.sbatch(
+        "--array=0-2",
+        "--cpus-per-task=1",
+        "slurm/tokenize.sbatch",
+        *how,
+        "--output",
+        tmp_path / "array",
+    )
     killed: set[int] = set()
 
     def kill_parts() -> bool:
-        running = [(process.info["cmdline"], process) for process in processes("--part", str(tmp_path / "array"))]
+        running = [
+            (process.info["cmdline"], process)
+            for process in processes("--part", str(tmp_path / "array"))
+        ]
         parts = [(int(line[line.index("--part") + 1]), process) for line, process in running]
         doomed = [(part, process) for part, process in parts if part in {0, 2} - killed]
         for part, process in doomed:
@@ -209,10 +275,9 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
         return killed == {0, 2}
 
     cluster.wait_until(kill_parts, poll_seconds=0.005)
-    queue = ("squeue", "--noheader", "--name=tokenize-merge", "--format=%A %T")
+    queue = ("squeue", "--noheader", "--states=all", "--name=tokenize-merge", "--format=%A")
     cluster.wait_until(lambda: bool(cluster.run(*queue)))
-    merge, state = cluster.run(*queue).split()
-    assert state == "PENDING"
+    merge = cluster.run(*queue).strip()  # it fails where it does not wait for what is missing
     script("tokenize_corpus", *how, "--output", tmp_path / "one")
     done = cluster.wait(merge)
     assert done["JobState"] == "COMPLETED", cluster.all_logs()
@@ -224,7 +289,10 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
 
 def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_path: Path) -> None:
     """With --nodes=1-2 the job goes on with one node. Unplugged, that one trains on beside the job's third start, and must not write."""
-    run, how = tmp_path / "run", [*data_arguments, *NO_DROPOUT, "--training.max_steps=300", "--checkpoint.every_steps=10"]
+    run, how = (
+        tmp_path / "run",
+        [*data_arguments, *NO_DROPOUT, "--training.max_steps=300", "--checkpoint.every_steps=10"],
+    )
     with cluster_of(tmp_path / "slurm", nodes=3) as cluster:
 
         def runs_on(nodes: str) -> bool:
@@ -232,7 +300,9 @@ def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_p
 
         cluster.admin("killnode", "n3")
         cluster.set_down("n3")
-        job = cluster.sbatch("--nodes=1-2", *PRETRAIN, "cpu", *how, f"--run_dir={run}", site="RANKS_PER_NODE=1")
+        job = cluster.sbatch(
+            "--nodes=1-2", *PRETRAIN, "cpu", *how, f"--run_dir={run}", site="RANKS_PER_NODE=1"
+        )
         with frozen(cluster, job, run, 25):
             assert runs_on("n[1-2]")
             cluster.admin("killnode", "n2")
@@ -247,11 +317,15 @@ def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_p
             with frozen(cluster, job, run, steps_logged(run) + 1):
                 before = written(run)
                 thaw(stale)
-                cluster.wait_until(lambda: not any(process.is_running() for process in stale), job=job)
+                cluster.wait_until(
+                    lambda: not any(process.is_running() for process in stale), job=job
+                )
                 assert written(run) == before
         assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.all_logs()
     pretrain(None, *how, f"--run_dir={tmp_path / 'one'}")
-    assert metrics(run, "train/loss") == pytest.approx(metrics(tmp_path / "one", "train/loss"), abs=1e-3)
+    assert metrics(run, "train/loss") == pytest.approx(
+        metrics(tmp_path / "one", "train/loss"), abs=1e-3
+    )
     for step in CheckpointStore(run).steps():
         verify(CheckpointStore(run).path(step))
 
@@ -279,7 +353,14 @@ def test_sixty_four_nodes_know_their_places_and_a_run_that_comes_to_nothing_is_g
     no_training: str, data_arguments: list[str], tmp_path: Path
 ) -> None:
     with cluster_of(tmp_path / "slurm", nodes=64) as cluster:
-        job = cluster.sbatch("--nodes=64", *PRETRAIN, "zero2", *data_arguments, f"--run_dir={tmp_path / 'run'}", site=no_training)
+        job = cluster.sbatch(
+            "--nodes=64",
+            *PRETRAIN,
+            "zero2",
+            *data_arguments,
+            f"--run_dir={tmp_path / 'run'}",
+            site=no_training,
+        )
         ended = cluster.wait(job)
         assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
         printed = cluster.output(job)
@@ -288,14 +369,28 @@ def test_sixty_four_nodes_know_their_places_and_a_run_that_comes_to_nothing_is_g
         ports = set()
         for attempt in (0, 1):
             logs = cluster.logs / f"pretrain-{job}" / f"attempt-0.{attempt}"
-            assert "n7.log:\nRuntimeError: no such luck" in (logs / "00-first-error.txt").read_text()
-            calls = {words[0]: words for path in logs.glob("n*.log") if (words := path.read_text().split())}
-            options = [{words[i]: words[i + 1] for i in range(2, len(words) - 1)} for words in calls.values()]
-            assert {node: int(option["--machine_rank"]) for node, option in zip(calls, options, strict=True)} == {
-                f"n{number + 1}": number for number in range(64)
+            assert (
+                "n7.log:\nRuntimeError: no such luck" in (logs / "00-first-error.txt").read_text()
+            )
+            calls = {
+                words[0]: words
+                for path in logs.glob("n*.log")
+                if (words := path.read_text().split())
             }
-            assert {(option["--num_machines"], option["--num_processes"]) for option in options} == {("64", "128")}
-            ((address, port),) = {(option["--main_process_ip"], option["--main_process_port"]) for option in options}
+            options = [
+                {words[i]: words[i + 1] for i in range(2, len(words) - 1)}
+                for words in calls.values()
+            ]
+            assert {
+                node: int(option["--machine_rank"])
+                for node, option in zip(calls, options, strict=True)
+            } == {f"n{number + 1}": number for number in range(64)}
+            assert {
+                (option["--num_machines"], option["--num_processes"]) for option in options
+            } == {("64", "128")}
+            ((address, port),) = {
+                (option["--main_process_ip"], option["--main_process_port"]) for option in options
+            }
             assert address == "n1"
             ports.add(port)
         assert len(ports) == 2
@@ -327,7 +422,14 @@ def test_a_chain_goes_on_without_a_bad_node_and_no_answer_and_no_space_end_a_lin
             3) ln -s /dev/full $LOGS/pretrain-$SLURM_ARRAY_JOB_ID/tries.new ;;
         esac"""
     options = ("--no-requeue", "--array=1-3%1", "--exclude=n5")
-    chain = cluster.sbatch(*options, *PRETRAIN, "cpu", *data_arguments, f"--run_dir={tmp_path / 'run'}", site=no_training + breakages)
+    chain = cluster.sbatch(
+        *options,
+        *PRETRAIN,
+        "cpu",
+        *data_arguments,
+        f"--run_dir={tmp_path / 'run'}",
+        site=no_training + breakages,
+    )
     links = [cluster.wait(f"{chain}_{number}") for number in (1, 2, 3)]
     assert [link["ExitCode"] for link in links] == ["75:0", "75:0", "1:0"], cluster.all_logs()
     printed = [cluster.output(link["JobId"]) for link in links]
@@ -335,4 +437,7 @@ def test_a_chain_goes_on_without_a_bad_node_and_no_answer_and_no_space_end_a_lin
     assert "could not look how far the run is" in printed[1]
     assert "cannot write" in printed[2]
     for link in links[1:]:
-        assert set(cluster.run("scontrol", "show", "hostnames", link["ExcNodeList"]).split()) == {links[0]["NodeList"], "n5"}
+        assert set(cluster.run("scontrol", "show", "hostnames", link["ExcNodeList"]).split()) == {
+            links[0]["NodeList"],
+            "n5",
+        }

@@ -25,9 +25,19 @@ def config(many_shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Config]:
     """Two stages, windows of a few shards, and more steps than an epoch has."""
 
     def load(*changes: str) -> Config:
-        settings = [f"--data.shards={many_shards_dir}", f"--data.tokenizer={tokenizer_dir}", "--data.shuffle_window=3", "--seed=5"]
+        settings = [
+            f"--data.shards={many_shards_dir}",
+            f"--data.tokenizer={tokenizer_dir}",
+            "--data.shuffle_window=3",
+            "--seed=5",
+        ]
         stages = "--stages=[{until_step: 57, seq_len: 16, global_batch_size: 11}]"
-        sizes = ["--data.seq_len=32", "--batch.global_batch_size=24", f"--training.max_steps={STEPS}", stages]
+        sizes = [
+            "--data.seq_len=32",
+            "--batch.global_batch_size=24",
+            f"--training.max_steps={STEPS}",
+            stages,
+        ]
         return load_config(CONFIG, [*settings, *sizes, *changes])
 
     return load
@@ -41,28 +51,57 @@ def hash_of_run(data: Data, world_size: int, workers: int, starts: tuple[int, ..
         ranks = [stream(batches, rank, first, STEPS, workers) for rank in range(world_size)]
         # A run that is interrupted has had more prepared than it did.
         for of_ranks in itertools.islice(zip(*ranks, strict=True), stop - first):
-            dealt[of_ranks[0][0]] = [[micro_batch.batch for micro_batch in found] for _, found, _ in of_ranks]
+            dealt[of_ranks[0][0]] = [
+                [micro_batch.batch for micro_batch in found] for _, found, _ in of_ranks
+            ]
     digest = hashlib.sha256()
     for step, of_ranks in enumerate(dealt):
-        hash_step(digest, itertools.chain.from_iterable(of_ranks), batches.stage_at(step).plan.global_batch_size, batches.pad_id)
+        hash_step(
+            digest,
+            itertools.chain.from_iterable(of_ranks),
+            batches.stage_at(step).plan.global_batch_size,
+            batches.pad_id,
+        )
     return digest.hexdigest()
 
 
+# (in other shards' place, micro-batch, world, starts)
+Case = tuple[bool, int, int, tuple[int, ...]]
+CASES: list[Case] = list(
+    itertools.product((False, True), (4, 24), (1, 2, 3, 5, 8), ((0,), RESUMED_AT))
+)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("workers", "cases"),
+    [(0, CASES), (1, [(True, 24, 3, RESUMED_AT)]), (4, [(True, 4, 2, RESUMED_AT)])],
+    ids=["0", "1", "4"],
+)
 def test_one_stream_for_every_world_micro_batch_worker_count_resume_and_place(
-    workers: int, config: Callable[..., Config], many_shards_dir: Path, tmp_path: Path
+    workers: int,
+    cases: list[Case],
+    config: Callable[..., Config],
+    many_shards_dir: Path,
+    tmp_path: Path,
 ) -> None:
+    """All of them where there are no loader's processes; these change who makes a batch, and one case each shows that nothing else does."""
     remote = fsspec.filesystem("memory")
     remote.put(str(many_shards_dir), f"/shards-{workers}", recursive=True)
     largest = max(path.stat().st_size for path in many_shards_dir.glob("*.arrow"))
     # A cache that holds some shards and not all: they are evicted and fetched again throughout.
-    elsewhere = [f"--data.shards=memory://shards-{workers}", f"--data.cache_dir={tmp_path}", f"--data.cache_gb={8 * largest / 1e9}"]
+    elsewhere = [
+        f"--data.shards=memory://shards-{workers}",
+        f"--data.cache_dir={tmp_path}",
+        f"--data.cache_gb={8 * largest / 1e9}",
+    ]
     found = {}
-    for places, micro in itertools.product(([], elsewhere), (4, 24)):
-        data = open_data(config(f"--batch.micro_batch_size={micro}", *places))
-        for world_size, starts in itertools.product((1, 2, 3, 5, 8), ((0,), RESUMED_AT)):
-            found[bool(places), micro, world_size, starts] = hash_of_run(data, world_size, workers, starts)
-    assert len(found) == 40
+    for (is_elsewhere, micro), group in itertools.groupby(cases, key=lambda case: case[:2]):
+        data = open_data(
+            config(f"--batch.micro_batch_size={micro}", *(elsewhere if is_elsewhere else []))
+        )
+        for case in group:
+            found[case] = hash_of_run(data, case[2], workers, case[3])
+    assert len(found) == len(cases) == (1 if workers else 40)
     local = open_data(config())
     assert set(found.values()) == {hash_stream(local.training_batches(1), 0, STEPS)}

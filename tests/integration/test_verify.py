@@ -1,69 +1,130 @@
-"""verify.py holds where the promises do, and finds what breaks them: real launchers, real faults."""
+"""verify.py holds where the promises do, and finds what breaks them: real launchers, real faults, one launch for all of a launcher's."""
 
+import functools
 import json
 import re
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from kantai.config.loading import load_config
-from tests.helpers.commands import CONFIG, ENVIRONMENT, ROOT, TINY, launch_command
+from tests.helpers.commands import CONFIG, TINY, job, script, several
+
+# With a fault that is none: memory for two engines at once.
+HOLDS = "third_engine_refused"
+SETTINGS: dict[str | None, list[str]] = {
+    None: [
+        "--training.precision=fp16",
+        "--data.seq_len=512",
+        "--batch.micro_batch_size=8",
+    ],  # a sum of losses would overflow
+    "cpu": ["--data.workers=2", "--data.packing=padded"],
+    "zero2": [],
+    "zero3_offload": ["--optimizer.name=muon", "--training.precision=bf16"],
+}
+BACKENDS = {None: "NO", "cpu": "MULTI_CPU", "zero3_offload": "DeepSpeed ZeRO-3"}
+FAULTS = {
+    ("cpu", "mean_of_means"): {"true loss"},
+    ("zero2", "dropped_rank"): {"true loss"},
+    ("cpu", "dropped_micro_step"): {"true loss"},
+    ("cpu", "other_data"): {"world-free", "true loss"},
+    ("zero2", "lost_moment"): {"nothing lost"},
+}
+
+
+class Verdict(NamedTuple):
+    """What verify.py said."""
+
+    certificate: dict[str, Any]
+    printed: str
+
+
+Verdicts = Callable[[str | None], dict[str, Verdict]]
 
 
 @pytest.fixture(scope="module")
 def arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
-    data = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", "--run_dir=unused", "--training.max_steps=100"]
-    return ["--config=configs/quickstart.yaml", *TINY, *data, "--steps=2"]
+    return [
+        *TINY,
+        f"--data.shards={shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        "--training.max_steps=100",
+    ]
 
 
-def verify(launcher: str | None, program: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = launch_command(launcher, 2, *program, *arguments)
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture(scope="module")
+def verdicts(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
+    """Of a launcher, by fault."""
+
+    @functools.cache
+    def of(launcher: str | None) -> dict[str, Verdict]:
+        folder = tmp_path_factory.mktemp("verify")
+        faults = [HOLDS] * (launcher in BACKENDS) + [
+            fault for one, fault in FAULTS if one == launcher
+        ]
+        jobs = []
+        for fault in faults:
+            how = [
+                "--config=configs/quickstart.yaml",
+                *arguments,
+                "--steps=2",
+                f"--output={folder / f'{fault}.json'}",
+            ]
+            settings = SETTINGS[launcher] if fault == HOLDS else []
+            jobs.append(
+                job(
+                    folder / "unused",
+                    *how,
+                    *settings,
+                    program="verify",
+                    fault=fault,
+                    code=0 if fault == HOLDS else 1,
+                )
+            )
+        printed = several(launcher, 2, folder, jobs)
+        assert {path.name for path in folder.iterdir()} == {
+            "jobs.json",
+            *(f"{fault}.json" for fault in faults),
+        }
+        return {
+            fault: Verdict(json.loads((folder / f"{fault}.json").read_text()), said)
+            for fault, said in zip(faults, printed, strict=True)
+        }
+
+    return of
 
 
-@pytest.mark.parametrize(
-    ("launcher", "backend", "settings"),
-    [
-        (None, "NO", ["--training.precision=fp16", "--data.seq_len=512", "--batch.micro_batch_size=8"]),  # a sum of losses would overflow
-        ("cpu", "MULTI_CPU", ["--data.workers=2", "--data.packing=padded"]),
-        ("zero3_offload", "DeepSpeed ZeRO-3", ["--optimizer.name=muon", "--training.precision=bf16"]),
-    ],
-)
-def test_it_holds(launcher: str | None, backend: str, settings: list[str], arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", BACKENDS)
+def test_it_holds(launcher: str | None, verdicts: Verdicts, arguments: list[str]) -> None:
     """And it takes no more memory than the run: no larger micro-batches, and an engine to compare with, but not two."""
-    program = ["tests/helpers/faults.py", "third_engine_refused", "verify"]
-    done = verify(launcher, program, *arguments, *settings, f"--output={tmp_path / 'certificate.json'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "All promises hold here" in done.stdout
-    certificate = json.loads((tmp_path / "certificate.json").read_text())
-    assert (certificate["holds"], certificate["backend"]) == (True, backend)
-    assert {finding["promise"] for finding in certificate["findings"]} == {"world-free", "true loss", "nothing lost", "export"}
-    assert certificate["world_size"] == len(certificate["devices"]) == (1 if launcher is None else 2)
-    sizes = [int(rows) for rows in re.findall(r"micro-steps of (\d+) rows", done.stdout)]
-    assert sizes and max(sizes) <= load_config(CONFIG, [*arguments[1:-1], *settings]).batch.micro_batch_size
-    assert [path.name for path in tmp_path.iterdir()] == ["certificate.json"]
-    hashed = subprocess.run(
-        launch_command(None, 1, "scripts/inspect_data.py", "--hash", 0, 2, *(each for each in [*arguments, *settings] if each != "--steps=2")),
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=True,
-    )  # fmt: skip
-    assert certificate["stream_sha256"] in hashed.stdout
+    certificate, printed = verdicts(launcher)[HOLDS]
+    assert "All promises hold here" in printed
+    assert (certificate["holds"], certificate["backend"]) == (True, BACKENDS[launcher])
+    assert {finding["promise"] for finding in certificate["findings"]} == {
+        "world-free",
+        "true loss",
+        "nothing lost",
+        "export",
+    }
+    assert (
+        certificate["world_size"] == len(certificate["devices"]) == (1 if launcher is None else 2)
+    )
+    settings = [*arguments, *SETTINGS[launcher]]
+    sizes = [int(rows) for rows in re.findall(r"micro-steps of (\d+) rows", printed)]
+    assert sizes and max(sizes) <= load_config(CONFIG, settings).batch.micro_batch_size
+    assert (
+        certificate["stream_sha256"]
+        in script("inspect_data", "--config", CONFIG, "--hash", 0, 2, *settings).stdout
+    )
 
 
-@pytest.mark.parametrize(
-    ("launcher", "fault", "promises"),
-    [
-        ("cpu", "mean_of_means", {"true loss"}),
-        ("zero2", "dropped_rank", {"true loss"}),
-        ("cpu", "dropped_micro_step", {"true loss"}),
-        ("cpu", "other_data", {"world-free", "true loss"}),
-        ("zero2", "lost_moment", {"nothing lost"}),
-    ],
-)
-def test_a_fault_is_found(launcher: str, fault: str, promises: set[str], arguments: list[str], tmp_path: Path) -> None:
-    done = verify(launcher, ["tests/helpers/faults.py", fault, "verify"], *arguments, f"--output={tmp_path / 'certificate.json'}")
-    assert done.returncode == 1, done.stdout + done.stderr
-    certificate = json.loads((tmp_path / "certificate.json").read_text())
-    assert {finding["promise"] for finding in certificate["findings"] if not finding["holds"]} == promises
-    assert "A PROMISE DOES NOT HOLD HERE" in done.stdout
+@pytest.mark.parametrize(("launcher", "fault"), FAULTS)
+def test_a_fault_is_found(launcher: str, fault: str, verdicts: Verdicts) -> None:
+    certificate, printed = verdicts(launcher)[fault]
+    assert {
+        finding["promise"] for finding in certificate["findings"] if not finding["holds"]
+    } == FAULTS[launcher, fault]
+    assert "A PROMISE DOES NOT HOLD HERE" in printed
     assert not certificate["holds"]

@@ -22,19 +22,30 @@ from tests.helpers.commands import ROOT
 BOS, PAD, EOS = 0, 1, 2
 LENGTH = 32
 
-SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.intermediate_size=64", f"--data.seq_len={LENGTH}"]
+SMALL = [
+    "--model.hidden_size=32",
+    "--model.num_attention_heads=2",
+    "--model.intermediate_size=64",
+    f"--data.seq_len={LENGTH}",
+]
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path) -> MaskedRoberta:
     """Initialised as the quickstart's: large weights and sinusoidal positions, so that both context and place show in the logits."""
     config = load_config(ROOT / "configs/quickstart.yaml", SMALL)
-    return build_model(config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed).eval()
+    return build_model(
+        config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed
+    ).eval()
 
 
 def batch_of(packing: str, shards_dir: Path, tokenizer_dir: Path) -> Batch:
     """Three rows of the training split, the last of them empty."""
-    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--data.packing={packing}"]
+    where = [
+        f"--data.shards={shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        f"--data.packing={packing}",
+    ]
     sizes = ["--batch.global_batch_size=5", "--batch.micro_batch_size=3"]
     data = open_data(load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where, *sizes]))
     return data.training_batches(1).micro_batch(3, 1, 0)
@@ -69,7 +80,11 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, *bounds: Tensor | i
     per_document = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
     attend = nn.functional.scaled_dot_product_attention
     return torch.cat(
-        [attend(*(states.transpose(0, 1) for states in document)).transpose(0, 1) for document in per_document if len(document[0])]
+        [
+            attend(*(states.transpose(0, 1) for states in document)).transpose(0, 1)
+            for document in per_document
+            if len(document[0])
+        ]
     )
 
 
@@ -87,7 +102,10 @@ def test_logits_are_those_of_each_document_alone(model: MaskedRoberta, seed: int
 def test_rows_seen_whole_give_other_logits(model: MaskedRoberta) -> None:
     rows = random_rows(0)
     with torch.no_grad():
-        isolated, whole = model(torch.tensor(rows), document_starts=starts_of(rows)).logits, model(torch.tensor(rows)).logits
+        isolated, whole = (
+            model(torch.tensor(rows), document_starts=starts_of(rows)).logits,
+            model(torch.tensor(rows)).logits,
+        )
     assert (isolated - whole).abs().amax((0, 2)).min() > 0.01
 
 
@@ -97,12 +115,17 @@ def test_a_documents_tokens_change_no_bit_of_the_others(model: MaskedRoberta) ->
     inside = documents_of(rows[1])[1]
     changed[1][inside] = [token if token == EOS else 1004 - token for token in rows[1][inside]]
     with torch.no_grad():
-        before, after = (model(torch.tensor(ids), document_starts=starts_of(ids)).logits for ids in (rows, changed))
+        before, after = (
+            model(torch.tensor(ids), document_starts=starts_of(ids)).logits
+            for ids in (rows, changed)
+        )
     differs = (before != after).any(-1)
     assert differs[1, inside].all() and differs.sum() == inside.stop - inside.start > 1
 
 
-def test_loss_and_gradients_are_the_sum_of_each_document_alone(model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_loss_and_gradients_are_the_sum_of_each_document_alone(
+    model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path
+) -> None:
     batch = batch_of("isolated", shards_dir, tokenizer_dir)
     model.zero_grad()
     loss_sum, correct = model(**MicroBatch(batch).inputs)
@@ -115,7 +138,9 @@ def test_loss_and_gradients_are_the_sum_of_each_document_alone(model: MaskedRobe
     for row, positions, answers in zip(labels, batch.masked_positions, batch.labels, strict=True):
         row[positions[answers != IGNORED_LABEL]] = answers[answers != IGNORED_LABEL]
     for start, stop in itertools.pairwise(np.unique(batch.document_starts)):
-        alone, answers = (torch.from_numpy(ids.reshape(-1)[start:stop]) for ids in (batch.input_ids, labels))
+        alone, answers = (
+            torch.from_numpy(ids.reshape(-1)[start:stop]) for ids in (batch.input_ids, labels)
+        )
         logits = model(alone[None]).logits[0]
         loss = nn.functional.cross_entropy(logits, answers, reduction="sum")
         loss.backward()
@@ -123,7 +148,9 @@ def test_loss_and_gradients_are_the_sum_of_each_document_alone(model: MaskedRobe
         expected_correct += int((logits.argmax(1) == answers).sum())
     assert loss_sum.item() == pytest.approx(expected_loss, rel=1e-5)
     assert correct.item() == expected_correct
-    assert (batch.input_ids[2] == PAD).sum() == LENGTH - 1  # an empty row was there, and did nothing
+    assert (
+        batch.input_ids[2] == PAD
+    ).sum() == LENGTH - 1  # an empty row was there, and did nothing
     for name, p in model.named_parameters():
         assert torch.allclose(gradients[name], p.grad, atol=1e-5), name
 
@@ -137,7 +164,10 @@ def test_the_path_of_the_kernel_is_the_path_of_the_mask(
         model.zero_grad()
         loss_sum, _ = model(**inputs)
         loss_sum.backward()
-        found[path] = loss_sum.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        found[path] = (
+            loss_sum.item(),
+            {name: p.grad.clone() for name, p in model.named_parameters()},
+        )
         monkeypatch.setattr(MaskedRoberta, "_varlen_applies", lambda self, device: True)
         monkeypatch.setattr(model_module, "varlen_attn", by_definition)
     assert found["mask"][0] == pytest.approx(found["kernel"][0], rel=1e-6)
@@ -152,7 +182,9 @@ def test_the_kernel_takes_what_it_is_given_and_nothing_waits_for_the_device(
     monkeypatch.setattr(MaskedRoberta, "_varlen_applies", lambda self, device: True)
     inputs = MicroBatch(batch_of("isolated", shards_dir, tokenizer_dir)).inputs
     mode = FakeTensorMode()
-    parameters = {name: nn.Parameter(mode.from_tensor(p.detach())) for name, p in model.named_parameters()}
+    parameters = {
+        name: nn.Parameter(mode.from_tensor(p.detach())) for name, p in model.named_parameters()
+    }
     buffers = {name: mode.from_tensor(b) for name, b in model.named_buffers()}
     with mode:
         fakes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}

@@ -17,20 +17,29 @@ from kantai.data.tokenizer import load_tokenizer
 from kantai.model.roberta import MaskedRoberta, build_model, training_flops
 from tests.helpers.commands import ROOT
 
-SMALL = ["--model.hidden_size=32", "--model.num_attention_heads=2", "--model.intermediate_size=64", "--data.seq_len=32"]
+SMALL = [
+    "--model.hidden_size=32",
+    "--model.num_attention_heads=2",
+    "--model.intermediate_size=64",
+    "--data.seq_len=32",
+]
 
 
 @pytest.fixture(params=["contiguous", "padded"])
 def config(request: pytest.FixtureRequest, shards_dir: Path, tokenizer_dir: Path) -> Config:
-    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--data.packing={request.param}"]
+    where = [
+        f"--data.shards={shards_dir}",
+        f"--data.tokenizer={tokenizer_dir}",
+        f"--data.packing={request.param}",
+    ]
     return load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where])
 
 
 def model_and_batch(config: Config) -> tuple[MaskedRoberta, Batch]:
     data = open_data(config)
-    return build_model(config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed).eval(), data.training_batches(
-        1
-    ).micro_batch(3, 0, 0)
+    return build_model(
+        config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
+    ).eval(), data.training_batches(1).micro_batch(3, 0, 0)
 
 
 def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Config) -> None:
@@ -41,19 +50,28 @@ def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Con
     masked = int((batch.labels != IGNORED_LABEL).sum())
     (loss_sum / masked).backward()
 
-    stock = RobertaForMaskedLM(RobertaConfig.from_dict(model.config.to_dict())).eval()  # with the attention that others get
+    stock = RobertaForMaskedLM(
+        RobertaConfig.from_dict(model.config.to_dict())
+    ).eval()  # with the attention that others get
     stock.load_state_dict(model.state_dict())
     labels = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
     for row, positions in enumerate(inputs["masked_positions"]):
         for position, label in zip(positions, inputs["labels"][row], strict=True):
             if label != IGNORED_LABEL:
                 labels[row, position] = label
-    out = stock(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), labels=labels)
+    out = stock(
+        input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), labels=labels
+    )
     out.loss.backward()
 
     assert (loss_sum / masked).item() == pytest.approx(out.loss.item(), rel=1e-6)
-    assert correct.item() == ((out.logits.argmax(-1) == labels) & (labels != IGNORED_LABEL)).sum().item()
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+    assert (
+        correct.item()
+        == ((out.logits.argmax(-1) == labels) & (labels != IGNORED_LABEL)).sum().item()
+    )
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), stock.named_parameters(), strict=True
+    ):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
 
 
@@ -78,7 +96,9 @@ def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(config: Config) ->
     rounded.compute_dtype = torch.bfloat16
     for model in (rounded, exact):
         model(**MicroBatch(batch).inputs)[0].backward()
-    for (name, ours), (_, theirs) in zip(rounded.named_parameters(), exact.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        rounded.named_parameters(), exact.named_parameters(), strict=True
+    ):
         if not name.endswith("key.bias"):  # which has no gradient but rounding
             assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm(), name
 
@@ -86,12 +106,16 @@ def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(config: Config) ->
 @torch.no_grad()
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_between_layers_states_are_what_matrix_products_take(config: Config, dtype: torch.dtype) -> None:
+def test_between_layers_states_are_what_matrix_products_take(
+    config: Config, dtype: torch.dtype
+) -> None:
     """Autocast alone has norms give fp32: twice the bytes, and a cast before every product."""
     model, batch = model_and_batch(config)
     model.compute_dtype, found = dtype, []
     for layer in model.roberta.encoder.layer:
-        layer.register_forward_hook(lambda _layer, given, out: found.extend([given[0].dtype, out.dtype]))
+        layer.register_forward_hook(
+            lambda _layer, given, out: found.extend([given[0].dtype, out.dtype])
+        )
     model(**MicroBatch(batch).inputs)
     assert found == [dtype] * 2 * len(model.roberta.encoder.layer)
 
@@ -99,7 +123,9 @@ def test_between_layers_states_are_what_matrix_products_take(config: Config, dty
 @pytest.mark.filterwarnings("ignore")  # of what PyTorch does
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_compiled_parts_compute_the_same(config: Config, dtype: torch.dtype, allowed: float) -> None:
+def test_compiled_parts_compute_the_same(
+    config: Config, dtype: torch.dtype, allowed: float
+) -> None:
     compiled, batch = model_and_batch(config)
     plain, _ = model_and_batch(config)
     compiled.compile_parts()
@@ -110,7 +136,9 @@ def test_compiled_parts_compute_the_same(config: Config, dtype: torch.dtype, all
         losses.append(model(**inputs)[0])
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=allowed / 100)
-    for (name, ours), (_, theirs) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        compiled.named_parameters(), plain.named_parameters(), strict=True
+    ):
         # A key's bias has no gradient but rounding.
         assert (ours.grad - theirs.grad).norm() <= allowed * (theirs.grad.norm() + 0.03), name
 
@@ -122,7 +150,9 @@ def test_padding_changes_nothing(config: Config) -> None:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     before, _ = model(**inputs)
     inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (0, 16), value=1)
-    inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 16), value=False)
+    inputs["attention_mask"] = torch.nn.functional.pad(
+        inputs["attention_mask"], (0, 16), value=False
+    )
     after, _ = model(**inputs)
     assert before.item() == pytest.approx(after.item(), rel=1e-5)
 
@@ -138,13 +168,20 @@ def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path
     # The head computes every slot, those that a row does not fill included. Of the last layer, what is not masked is needed as key and
     # value alone, and its attention is a fused one.
     hidden, slots = model.config.hidden_size, batch.labels.size
-    spared = (batch.tokens - slots) * (4 * hidden**2 + 4 * hidden * model.config.intermediate_size) + 4 * hidden * batch.attended_pairs
-    assert counter.get_total_flops() == training_flops(model.config, batch.tokens, batch.attended_pairs, slots) - 3 * spared
+    spared = (batch.tokens - slots) * (
+        4 * hidden**2 + 4 * hidden * model.config.intermediate_size
+    ) + 4 * hidden * batch.attended_pairs
+    assert (
+        counter.get_total_flops()
+        == training_flops(model.config, batch.tokens, batch.attended_pairs, slots) - 3 * spared
+    )
 
 
 def test_the_tutorials_model_has_its_83504416_parameters(tokenizer_dir: Path) -> None:
     config = load_config(ROOT / "configs/tutorial.yaml")
-    model = build_model(config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed)
+    model = build_model(
+        config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed
+    )
     assert model.num_parameters() == 83_504_416
 
 
@@ -156,10 +193,14 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_64_and_the_positions_fit(conf
 
 
 def test_sinusoidal_positions_make_a_shift_a_rotation(config: Config) -> None:
-    changed = config.model_copy(update={"model": config.model.model_copy(update={"position_init": "sinusoidal"})})
+    changed = config.model_copy(
+        update={"model": config.model.model_copy(update={"position_init": "sinusoidal"})}
+    )
     table = model_and_batch(changed)[0].roberta.embeddings.position_embeddings.weight.detach()
     places = table[2:]
-    assert places.square().mean().sqrt().item() == pytest.approx(config.model.initializer_range, rel=1e-4)
+    assert places.square().mean().sqrt().item() == pytest.approx(
+        config.model.initializer_range, rel=1e-4
+    )
     products = places @ places.T  # depends on the distance alone
     for distance in (1, 5, 20):
         assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)

@@ -12,16 +12,28 @@ from tests.helpers.tiny_model import Tiny, load, trained
 def test_adamw_decays_matrices_and_embeddings_alone() -> None:
     model, settings = Tiny(), load().optimizer
     optimizer = build_optimizer(model, settings)
-    decays = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]}
-    assert decays == {name: 0.0 if name.endswith("bias") or "Norm" in name else 0.01 for name, _ in model.named_parameters()}
+    decays = {
+        name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]
+    }
+    assert decays == {
+        name: 0.0 if name.endswith("bias") or "Norm" in name else 0.01
+        for name, _ in model.named_parameters()
+    }
     stock = Tiny()
-    groups = [{"params": [parameter], "weight_decay": decays[name]} for name, parameter in stock.named_parameters()]
-    expected = trained(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-6), stock)
+    groups = [
+        {"params": [parameter], "weight_decay": decays[name]}
+        for name, parameter in stock.named_parameters()
+    ]
+    expected = trained(
+        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-6), stock
+    )
     for name, value in trained(optimizer, model).items():
         torch.testing.assert_close(value, expected[name])
 
 
-def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Five parameters laid end to end, cut in two in the middle of the third, in buckets of 100 elements or more."""
     monkeypatch.setattr(sharding, "_BUCKET_ELEMENTS", 100)
     shapes = [(8, 10), (30,), (7, 9), (110,), (2, 3)]
@@ -33,7 +45,15 @@ def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(monkey
         parts, begin = [], 0
         for name, whole in enumerate(wholes):
             start, end = (min(max(place, begin), begin + whole.numel()) for place in (first, last))
-            parts.append(ParamSlice(str(name), tuple(whole.shape), start - begin, start - first if end > start else 0, end - start))
+            parts.append(
+                ParamSlice(
+                    str(name),
+                    tuple(whole.shape),
+                    start - begin,
+                    start - first if end > start else 0,
+                    end - start,
+                )
+            )
             begin += whole.numel()
         values = flat[first:last]
         sums.append(list(layout.gather(ShardedTensor(values, "adamw", parts), values)))
@@ -48,7 +68,10 @@ def test_a_step_that_was_called_off_changes_nothing(name: str) -> None:
     optimizer = build_optimizer(model, load(f"--optimizer.name={name}").optimizer)
     trained(optimizer, model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    moments = [{key: value.clone() for key, value in optimizer.moments(sharded).items()} for sharded in optimizer.layout.tensors]
+    moments = [
+        {key: value.clone() for key, value in optimizer.moments(sharded).items()}
+        for sharded in optimizer.layout.tensors
+    ]
     steps = [state["step"].clone() for state in optimizer.state.values() if "step" in state]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
@@ -56,5 +79,7 @@ def test_a_step_that_was_called_off_changes_nothing(name: str) -> None:
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for sharded, kept in zip(optimizer.layout.tensors, moments, strict=True):
-        assert all(torch.equal(value, kept[key]) for key, value in optimizer.moments(sharded).items())
+        assert all(
+            torch.equal(value, kept[key]) for key, value in optimizer.moments(sharded).items()
+        )
     assert [state["step"] for state in optimizer.state.values() if "step" in state] == steps

@@ -1,6 +1,7 @@
-"""Jobs that tokenize the tests' text."""
+"""Jobs that tokenize the tests' text, and a server that is not there."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,33 @@ MakeJob = Callable[..., Job]
 def make_job(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> MakeJob:
     """Jobs of many pieces: the text's lines, most of them once and some often."""
 
-    def make(name: str, *, piece_bytes: int = 20_000, unique: bool = False, files: list[Path] | None = None) -> Job:
-        cut = pieces(find_files([str(file) for file in files or [corpus_file]]), "line", piece_bytes)
-        return Job(cut, "line", "text", tokenizer_dir, tmp_path / name, {"input": ["x"]}, held_out_share=0.1, unique=unique)
+    def make(
+        name: str,
+        *,
+        piece_bytes: int = 20_000,
+        unique: bool = False,
+        files: list[Path] | None = None,
+    ) -> Job:
+        cut = pieces(
+            find_files([str(file) for file in files or [corpus_file]]), "line", piece_bytes
+        )
+        return Job(
+            cut,
+            "line",
+            "text",
+            tokenizer_dir,
+            tmp_path / name,
+            {"input": ["x"]},
+            held_out_share=0.1,
+            unique=unique,
+        )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def nobody() -> Iterator[str]:
+    """An address where nothing listens, and nothing else can."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"

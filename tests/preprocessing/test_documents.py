@@ -5,7 +5,6 @@ import gzip
 import itertools
 import json
 import lzma
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import Span, find_files
 from kantai.preprocessing.lines import Report
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import run_program
 from tests.helpers.files import read, written
 
 WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"
@@ -41,14 +40,21 @@ def test_text_is_cut_into_units(tmp_path: Path, unit: Unit | None, expected: lis
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one\\ntwo", "id": 1}\r\n\r\n{"text": "  "}\n{"text": "\\u00fc"}')
+    path = written(
+        tmp_path / "a.jsonl",
+        b'\xef\xbb\xbf{"text": "one\\ntwo", "id": 1}\r\n\r\n{"text": "  "}\n{"text": "\\u00fc"}',
+    )
     assert list(read([path])) == list(read([path], "record")) == ["one\ntwo", "ü"]
 
 
-@pytest.mark.parametrize("name", ["c4.json.gz", "a.json", "a.ndjson", "A.JSONL", "A.Json.GZ", "a.ndjson.gz"])
+@pytest.mark.parametrize(
+    "name", ["c4.json.gz", "a.json", "a.ndjson", "A.JSONL", "A.Json.GZ", "a.ndjson.gz"]
+)
 def test_json_lines_have_many_names(tmp_path: Path, name: str) -> None:
     content = b'{"text": "one", "url": "x"}\n{"text": "two"}\n'
-    path = written(tmp_path / name, gzip.compress(content) if name.lower().endswith("gz") else content)
+    path = written(
+        tmp_path / name, gzip.compress(content) if name.lower().endswith("gz") else content
+    )
     assert list(read([path])) == list(read([path], "record")) == ["one", "two"]
 
 
@@ -56,7 +62,11 @@ def test_suffixes_in_capitals_are_suffixes(tmp_path: Path) -> None:
     written(tmp_path / "A.CSV", "text\none\n")
     pq.write_table(pa.table({"text": ["two"]}), tmp_path / "B.PARQUET")
     written(tmp_path / "C.TXT.XZ", lzma.compress(b"three\n"))
-    assert list(read([tmp_path / name for name in ("A.CSV", "B.PARQUET", "C.TXT.XZ")])) == ["one", "two", "three"]
+    assert list(read([tmp_path / name for name in ("A.CSV", "B.PARQUET", "C.TXT.XZ")])) == [
+        "one",
+        "two",
+        "three",
+    ]
 
 
 def test_field_of_a_record_is_named(tmp_path: Path) -> None:
@@ -72,20 +82,38 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
-    files = [written(tmp_path / "b.txt", "text"), written(tmp_path / "a.jsonl", '{"text": "record"}')]
+    files = [
+        written(tmp_path / "b.txt", "text"),
+        written(tmp_path / "a.jsonl", '{"text": "record"}'),
+    ]
     assert list(read(files)) == ["text", "record"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "unit", "message"),
     [
-        ("latin1.txt", "fine\nÜber\n".encode("latin-1"), "line", r"latin1\.txt line 2 is not UTF-8"),
-        ("latin1.txt", "fine\n\nÜber\n".encode("latin-1"), "paragraph", r"latin1\.txt line 3 is not UTF-8"),
+        (
+            "latin1.txt",
+            "fine\nÜber\n".encode("latin-1"),
+            "line",
+            r"latin1\.txt line 2 is not UTF-8",
+        ),
+        (
+            "latin1.txt",
+            "fine\n\nÜber\n".encode("latin-1"),
+            "paragraph",
+            r"latin1\.txt line 3 is not UTF-8",
+        ),
         ("utf16.txt", "one\ntwo\n".encode("utf-16"), "line", r"utf16\.txt line 1 is not UTF-8"),
         ("binary.txt", b"fine\nx\0y\n", "file", r"binary\.txt line 2 has a NUL"),
         ("bad.jsonl", b'{"text": "x"}\n\n{"text": \n', "record", r"bad\.jsonl line 3 is not JSON"),
         ("deep.jsonl", b"[" * 100_000, "record", r"deep\.jsonl line 1 is not JSON"),
-        ("bad.jsonl", b'{"text": "x"}\n{"text": "\xfc"}\n', "record", r"bad\.jsonl line 2 is not UTF-8"),
+        (
+            "bad.jsonl",
+            b'{"text": "x"}\n{"text": "\xfc"}\n',
+            "record",
+            r"bad\.jsonl line 2 is not UTF-8",
+        ),
         (
             "field.jsonl",
             b'{"text": "x"}\n{"body": "y"}\n',
@@ -94,20 +122,39 @@ def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
         ),
         ("number.jsonl", b'{"text": 5}\n', "record", r"number\.jsonl line 1 .* 'text'"),
         ("list.jsonl", b'["text"]\n', None, r"list\.jsonl line 1 is not JSON with a record a line"),
-        ("array.json", b'[\n  {"text": "x"},\n  {"text": "y"}\n]\n', None, r"array\.json line 1 is not JSON with a record a line: .* jq"),
-        ("pretty.json", b'{\n  "text": "x"\n}\n', None, r"pretty\.json line 1 is not JSON with a record a line: .* jq"),
-        ("surrogate.jsonl", b'{"text": "fine"}\n{"text": "half a pair: \\ud83d"}\n', None, r"surrogate\.jsonl (line|record) 2 "),
+        (
+            "array.json",
+            b'[\n  {"text": "x"},\n  {"text": "y"}\n]\n',
+            None,
+            r"array\.json line 1 is not JSON with a record a line: .* jq",
+        ),
+        (
+            "pretty.json",
+            b'{\n  "text": "x"\n}\n',
+            None,
+            r"pretty\.json line 1 is not JSON with a record a line: .* jq",
+        ),
+        (
+            "surrogate.jsonl",
+            b'{"text": "fine"}\n{"text": "half a pair: \\ud83d"}\n',
+            None,
+            r"surrogate\.jsonl (line|record) 2 ",
+        ),
         ("no.parquet", b"PAR1 but not really", None, r"no\.parquet is not a readable Parquet file"),
     ],
 )
-def test_bad_content_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, unit: Unit | None, message: str) -> None:
+def test_bad_content_is_named_with_its_place(
+    tmp_path: Path, name: str, content: bytes, unit: Unit | None, message: str
+) -> None:
     path = written(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
         list(read([path], unit))
 
 
 @pytest.mark.parametrize("values", [{"body": ["x", "y"]}, {"text": [1, 2]}, {"text": [b"x", b"y"]}])
-def test_parquet_without_text_in_its_field_is_named(tmp_path: Path, values: dict[str, list[object]]) -> None:
+def test_parquet_without_text_in_its_field_is_named(
+    tmp_path: Path, values: dict[str, list[object]]
+) -> None:
     pq.write_table(pa.table(values), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet record \d .*'text'"):
         list(read([tmp_path / "a.parquet"]))
@@ -115,7 +162,9 @@ def test_parquet_without_text_in_its_field_is_named(tmp_path: Path, values: dict
 
 def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
     offsets = pa.array([0, 4], pa.int32()).buffers()[1]
-    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer("Über".encode("latin-1"))])
+    column = pa.Array.from_buffers(
+        pa.string(), 1, [None, offsets, pa.py_buffer("Über".encode("latin-1"))]
+    )
     pq.write_table(pa.table({"text": column}), tmp_path / "latin1.parquet")
     with pytest.raises(UserError, match=r"latin1\.parquet record 1 is not UTF-8"):
         list(read([tmp_path / "latin1.parquet"]))
@@ -130,20 +179,31 @@ def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
         ("a.parquet", "file", "give record"),
     ],
 )
-def test_unit_that_does_not_fit_the_file_is_refused(tmp_path: Path, name: str, unit: Unit, expected: str) -> None:
+def test_unit_that_does_not_fit_the_file_is_refused(
+    tmp_path: Path, name: str, unit: Unit, expected: str
+) -> None:
     path = written(tmp_path / name, json.dumps({"text": "x"}))
     with pytest.raises(UserError, match=f"{name} cannot be cut by --document {unit}: {expected}"):
         list(read([path], unit))
 
 
-COMPRESSORS = {"gz": gzip.compress, "xz": lzma.compress, "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_files_are_read_to_the_end_of_their_last_part(suffix: str, tmp_path: Path) -> None:
+def test_compressed_files_are_read_to_the_end_of_their_last_part(
+    suffix: str, tmp_path: Path
+) -> None:
     compress = COMPRESSORS[suffix]
     lines = [f"line {number} of some text" for number in range(20_000)]
-    half = "".join(f"{line}\n" for line in lines[:10_000]).encode(), "".join(f"{line}\n" for line in lines[10_000:]).encode()
+    half = (
+        "".join(f"{line}\n" for line in lines[:10_000]).encode(),
+        "".join(f"{line}\n" for line in lines[10_000:]).encode(),
+    )
     path = tmp_path / f"a.txt.{suffix}"
     path.write_bytes(compress(half[0]) + compress(half[1]))  # as `cat a.gz b.gz` makes
     assert list(read([path])) == lines
@@ -151,7 +211,8 @@ def test_compressed_files_are_read_to_the_end_of_their_last_part(suffix: str, tm
     assert list(read([tmp_path / f"a.jsonl.{suffix}"])) == ["one", "two"]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(
-        UserError, match=rf"a\.txt\.{suffix} cannot be read beyond byte \d+ of its text, it is damaged, cut off or out of reach"
+        UserError,
+        match=rf"a\.txt\.{suffix} cannot be read beyond byte \d+ of its text, it is damaged, cut off or out of reach",
     ):
         list(read([path]))
     path.write_bytes(b"no compressed file")
@@ -162,7 +223,11 @@ def test_compressed_files_are_read_to_the_end_of_their_last_part(suffix: str, tm
 def test_csv_records(tmp_path: Path) -> None:
     long = "x" * 300_000
     path = tmp_path / "a.csv"
-    path.write_text(f'\ufeffid,text\r\n1,plain\r\n2,"two\nlines, with ""quotes"""\r\n3,\r\n4,{long}\r\n', encoding="utf-8", newline="")
+    path.write_text(
+        f'\ufeffid,text\r\n1,plain\r\n2,"two\nlines, with ""quotes"""\r\n3,\r\n4,{long}\r\n',
+        encoding="utf-8",
+        newline="",
+    )
     assert list(read([path])) == ["plain", 'two\nlines, with "quotes"', long]
     assert list(read([path], "record", "id")) == ["1", "2", "3", "4"]
     with pytest.raises(UserError, match="--text_field"):
@@ -176,14 +241,30 @@ def test_csv_records(tmp_path: Path) -> None:
 
 def test_spoiled_records_are_mended_in_every_format(tmp_path: Path) -> None:
     many = 200
-    written(tmp_path / "a.jsonl", b"\n".join([b'{"text": "a\\ud83d"}', b'{"text": "b\\u0000"}', *[b'{"text": "\\ud83d\\ude42"}'] * many]))
-    written(tmp_path / "a.csv", b"\n".join([b"id,text", b"1,a\xff", b"2,b\0", *[b"3,\xf0\x9f\x99\x82"] * many]))
+    written(
+        tmp_path / "a.jsonl",
+        b"\n".join(
+            [
+                b'{"text": "a\\ud83d"}',
+                b'{"text": "b\\u0000"}',
+                *[b'{"text": "\\ud83d\\ude42"}'] * many,
+            ]
+        ),
+    )
+    written(
+        tmp_path / "a.csv",
+        b"\n".join([b"id,text", b"1,a\xff", b"2,b\0", *[b"3,\xf0\x9f\x99\x82"] * many]),
+    )
     texts = [b"a\xff", b"b\0", *["🙂".encode()] * many]
     column = pa.array(texts, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=1)
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         report = Report()
-        assert list(read([tmp_path / name], report=report)) == ["a\ufffd", "b\ufffd", *["🙂"] * many], name
+        assert list(read([tmp_path / name], report=report)) == [
+            "a\ufffd",
+            "b\ufffd",
+            *["🙂"] * many,
+        ], name
         assert (report.replaced, report.invalid_utf8, report.nul) == (2, 1, 1), name
         place = {"a.jsonl": "line 2", "a.csv": "line 3", "a.parquet": "record 2"}[name]
         assert report.first["nul"] == f"{tmp_path / name} {place}"
@@ -199,7 +280,12 @@ def test_null_is_an_empty_document_and_empty_ones_are_counted(tmp_path: Path) ->
     for name in ("a.jsonl", "blank.jsonl", "a.csv", "a.parquet", "a.txt"):
         report = Report()
         assert list(read([tmp_path / name, tmp_path / "empty.txt"], report=report)) == ["x"]
-        assert (report.documents, report.characters, report.empty, report.empty_files) == (1, 1, 2, 1), name
+        assert (report.documents, report.characters, report.empty, report.empty_files) == (
+            1,
+            1,
+            2,
+            1,
+        ), name
         assert report.first["empty_files"] == str(tmp_path / "empty.txt")
 
 
@@ -220,30 +306,49 @@ def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path,
     """150 MB: a row group in pages of a record, as a page is what Arrow holds; and lines, of which datasets holds 10 MB."""
     texts = [f"{row:06d}" * 50_000 for row in range(500)]
     if hub:
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / "a.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     else:
         with pq.ParquetWriter(
-            tmp_path / "a.parquet", pa.schema({"text": pa.string()}), compression="none", use_dictionary=False, write_batch_size=1
+            tmp_path / "a.parquet",
+            pa.schema({"text": pa.string()}),
+            compression="none",
+            use_dictionary=False,
+            write_batch_size=1,
         ) as writer:
             writer.write_table(pa.table({"text": texts}))
-    command = [sys.executable, "-c", READING, f"hub:{tmp_path}" if hub else str(tmp_path / "a.parquet")]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = run_program(
+        [sys.executable, "-c", READING, f"hub:{tmp_path}" if hub else tmp_path / "a.parquet"],
+        code=0,
+    )
     found, megabytes = map(int, done.stdout.split())
     assert found == 500
     assert megabytes < 120
 
 
 @pytest.mark.parametrize("prefix", ["", "hub:"])
-def test_endless_records_are_refused(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_records_are_refused(
+    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kantai.preprocessing.lines, "MAX_DOCUMENT_BYTES", 1000)
     pq.write_table(pa.table({"text": ["x" * 1000, "y" * 1001]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="record 2: a document longer than 256 MiB"):
-        list(documents(pieces(find_files([prefix + str(tmp_path / ("" if prefix else "a.parquet"))]))[0]))
+        list(
+            documents(
+                pieces(find_files([prefix + str(tmp_path / ("" if prefix else "a.parquet"))]))[0]
+            )
+        )
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+)
 def test_strings_of_every_kind_are_text(tmp_path: Path, kind: pa.DataType) -> None:
-    pq.write_table(pa.table({"text": pa.array(["one", None, "ü"]).cast(kind)}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array(["one", None, "ü"]).cast(kind)}), tmp_path / "a.parquet"
+    )
     assert list(read([tmp_path / "a.parquet"])) == ["one", "ü"]
 
 
@@ -265,30 +370,52 @@ ATOMS = [
     b"\xff",
     b"\0",
 ]
-LINES = [b'{"text": "a\xc3\xbc"}', b'{"text": "\\ud800"}', b"", b" ", b'{"text": null}', b'{"text": "b"}\r', b'{"text": "\xff"}']
+LINES = [
+    b'{"text": "a\xc3\xbc"}',
+    b'{"text": "\\ud800"}',
+    b"",
+    b" ",
+    b'{"text": null}',
+    b'{"text": "b"}\r',
+    b'{"text": "\xff"}',
+]
 
 
 @settings(max_examples=300)
 @given(
     st.one_of(
-        st.tuples(st.sampled_from(["line", "paragraph"]), st.lists(st.sampled_from(ATOMS), max_size=30).map(b"".join)),
+        st.tuples(
+            st.sampled_from(["line", "paragraph"]),
+            st.lists(st.sampled_from(ATOMS), max_size=30).map(b"".join),
+        ),
         st.tuples(st.just("record"), st.lists(st.sampled_from(LINES), max_size=6).map(b"\n".join)),
     ),
     st.booleans(),
     st.lists(st.integers(1, 120), max_size=6),
     st.integers(1, 9),
 )
-def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, bytes], mark: bool, cuts: list[int], block: int) -> None:
+def test_cut_files_have_the_documents_of_whole_ones(
+    unit_and_text: tuple[Unit, bytes], mark: bool, cuts: list[int], block: int
+) -> None:
     unit, text = unit_and_text
     text = b"\xef\xbb\xbf" * mark + text or b" "
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.preprocessing.lines, "_BLOCK_BYTES", block)
         patch.setattr("kantai.preprocessing.documents._MAX_REPAIRED", 1.0)
-        (file,) = find_files([str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))])
+        (file,) = find_files(
+            [str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))]
+        )
         whole, parts = Report(), Report()
         expected = list(documents((Span(file, 0, file.size),), unit, report=whole))
-        spans = [Span(file, start, stop) for start, stop in itertools.pairwise(sorted({0, *(c for c in cuts if c < file.size), file.size}))]
-        assert [text for span in spans for text in documents((span,), unit, report=parts)] == expected
+        spans = [
+            Span(file, start, stop)
+            for start, stop in itertools.pairwise(
+                sorted({0, *(c for c in cuts if c < file.size), file.size})
+            )
+        ]
+        assert [
+            text for span in spans for text in documents((span,), unit, report=parts)
+        ] == expected
     assert dataclasses.replace(parts, first={}) == dataclasses.replace(whole, first={})
     assert parts.first.keys() == whole.first.keys()
     if unit == "line":
@@ -298,7 +425,9 @@ def test_cut_files_have_the_documents_of_whole_ones(unit_and_text: tuple[Unit, b
 
 
 def test_places_in_later_spans_are_bytes(tmp_path: Path) -> None:
-    (file,) = find_files([str(written(tmp_path / "a.jsonl", '{"text": "x"}\r\n' * 5 + "no JSON\n"))])
+    (file,) = find_files(
+        [str(written(tmp_path / "a.jsonl", '{"text": "x"}\r\n' * 5 + "no JSON\n"))]
+    )
     with pytest.raises(UserError, match=r"a\.jsonl line at byte 75 is not JSON"):
         list(documents((Span(file, 20, file.size),)))
 
@@ -308,9 +437,18 @@ def test_places_in_later_spans_are_bytes(tmp_path: Path) -> None:
 def test_row_groups_belong_to_one_span(cuts: list[int], rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = [f"text {number}" for number in range(100)]
-        pq.write_table(pa.table({"id": range(100), "text": texts}), Path(folder) / "a.parquet", row_group_size=rows)
+        pq.write_table(
+            pa.table({"id": range(100), "text": texts}),
+            Path(folder) / "a.parquet",
+            row_group_size=rows,
+        )
         (file,) = find_files([f"{folder}/a.parquet"])
-        spans = [Span(file, start, stop) for start, stop in itertools.pairwise(sorted({0, *(c for c in cuts if c < file.size), file.size}))]
+        spans = [
+            Span(file, start, stop)
+            for start, stop in itertools.pairwise(
+                sorted({0, *(c for c in cuts if c < file.size), file.size})
+            )
+        ]
         assert [text for span in spans for text in documents((span,))] == texts
 
 

@@ -6,8 +6,6 @@ import http.server
 import json
 import lzma
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from hypothesis import strategies as st
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents, pieces
 from kantai.preprocessing.files import MIB, File, cut, find_files, hub_dataset, open_file
+from tests.helpers.commands import run_python
 from tests.helpers.files import written
 
 
@@ -33,18 +32,29 @@ def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None
     for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "a/.DS_Store"):
         written(tmp_path / "corpus" / name, "x")
     found = find_files([str(tmp_path / "corpus")])
-    assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == ["a/b/c.jsonl", "a/z.txt", "b.txt"]
+    assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == [
+        "a/b/c.jsonl",
+        "a/z.txt",
+        "b.txt",
+    ]
 
 
-def test_a_glob_searches_the_directories_that_it_matches(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+def test_a_glob_searches_the_directories_that_it_matches(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
     names = ["a.txt", "b/c.txt", "b/d/e.txt", "b-/x.txt", "f/g.txt"]
     for name in (*names, "b/.hidden/x.txt", ".git/config"):
         written(tmp_path / name, "x")
         memory.pipe(f"/corpus/{name}", b"x")
-    for place, found_of in ((tmp_path, "*"), (tmp_path, "**"), (tmp_path, "**/*"), (tmp_path, "[abf]*")):
-        assert [os.path.relpath(file.path, place) for file in find_files([f"{place}/{found_of}"])] == sorted(
-            names, key=lambda n: n.split("/")
-        )
+    for place, found_of in (
+        (tmp_path, "*"),
+        (tmp_path, "**"),
+        (tmp_path, "**/*"),
+        (tmp_path, "[abf]*"),
+    ):
+        assert [
+            os.path.relpath(file.path, place) for file in find_files([f"{place}/{found_of}"])
+        ] == sorted(names, key=lambda n: n.split("/"))
     for pattern in ("*", "**", "**/*"):
         found = [
             file.path.removeprefix("memory:///corpus/").removeprefix("memory://corpus/")
@@ -61,15 +71,24 @@ def test_linked_directories_are_searched_once_and_circles_end(tmp_path: Path) ->
     (tmp_path / "elsewhere" / "deep" / "circle").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "z.txt").symlink_to("b.txt")
     for name in (str(tmp_path / "corpus"), str(tmp_path / "corpus" / "*")):
-        assert [os.path.relpath(file.path, tmp_path / "corpus") for file in find_files([name])] == ["b.txt", "linked/deep/a.txt", "z.txt"]
+        assert [os.path.relpath(file.path, tmp_path / "corpus") for file in find_files([name])] == [
+            "b.txt",
+            "linked/deep/a.txt",
+            "z.txt",
+        ]
 
 
-@pytest.mark.parametrize("given", ["corpus", "corpus/*", "corpus/sub", "corpus/sub/part*.txt", "corpus/sub/part-1.txt"])
+@pytest.mark.parametrize(
+    "given", ["corpus", "corpus/*", "corpus/sub", "corpus/sub/part*.txt", "corpus/sub/part-1.txt"]
+)
 @pytest.mark.parametrize("target", ["/mnt/gone/part-1.txt", "part-1.txt"])
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, given: str, target: str) -> None:
     written(tmp_path / "corpus" / "sub" / "part-0.txt", "x")
     (tmp_path / "corpus" / "sub" / "part-1.txt").symlink_to(target)
-    with pytest.raises(UserError, match=rf"corpus/sub/part-1\.txt is a link to {target}, which cannot be read: .*; mend or remove it"):
+    with pytest.raises(
+        UserError,
+        match=rf"corpus/sub/part-1\.txt is a link to {target}, which cannot be read: .*; mend or remove it",
+    ):
         find_files([str(tmp_path / given)])
 
 
@@ -81,8 +100,19 @@ def test_hidden_parents_do_not_hide_a_directory(tmp_path: Path) -> None:
 def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md", "deep/er/d.txt"):
         written(tmp_path / name, "x")
-    inputs = [str(tmp_path / "c.md"), str(tmp_path / "**" / "*.txt"), str(tmp_path / "a.txt"), f"{tmp_path}/./", str(tmp_path)]
-    assert [Path(file.path).name for file in find_files(inputs)] == ["c.md", "a.txt", "b.txt", "d.txt"]
+    inputs = [
+        str(tmp_path / "c.md"),
+        str(tmp_path / "**" / "*.txt"),
+        str(tmp_path / "a.txt"),
+        f"{tmp_path}/./",
+        str(tmp_path),
+    ]
+    assert [Path(file.path).name for file in find_files(inputs)] == [
+        "c.md",
+        "a.txt",
+        "b.txt",
+        "d.txt",
+    ]
 
 
 def test_a_name_with_glob_characters_is_a_name_first(tmp_path: Path) -> None:
@@ -123,7 +153,7 @@ def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
 def test_local_files_do_not_wait_for_the_library_of_the_remote_ones(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "x")
     code = f"import sys, kantai.preprocessing.files as f; file, = f.find_files([{str(path)!r}]); print({{'fsspec', 'datasets', 'pyarrow'}} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert run_python(code).stdout == "set()\n"
 
 
 # --- behind URLs
@@ -142,7 +172,13 @@ def test_urls_of_files_directories_and_globs(memory: fsspec.AbstractFileSystem) 
         "d.txt.xz": lzma.compress,
         "e.txt.zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
     }
-    memory.pipe({"/corpus/b/a.txt": b"one\n", "/corpus/a.jsonl": b'{"text": "two"}\n', "/corpus/.hidden/x.txt": b"x\n"})
+    memory.pipe(
+        {
+            "/corpus/b/a.txt": b"one\n",
+            "/corpus/a.jsonl": b'{"text": "two"}\n',
+            "/corpus/.hidden/x.txt": b"x\n",
+        }
+    )
     for name, compress in compressed.items():
         memory.pipe(f"/corpus/{name}", compress(f"{name}\n".encode() * 3))
     everything = ["two", "one", *(name for name in compressed for _ in range(3))]
@@ -192,7 +228,9 @@ class Ranged(Quiet):
 
 @pytest.fixture(params=[Quiet, Ranged])
 def web(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(request.param, directory=str(tmp_path / "web")))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(request.param, directory=str(tmp_path / "web"))
+    )
     server.handle_error = lambda *_: None  # type: ignore[method-assign] # a reader that has enough hangs up
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -208,7 +246,11 @@ def test_http(tmp_path: Path, web: str) -> None:
     written(tmp_path / "web" / "a.txt", "\n".join(lines))
     written(tmp_path / "web" / "b.jsonl.gz", gzip.compress(b'{"text": "compressed"}\n'))
     inputs = [f"{web}/a.txt", f"{web}/b.jsonl.gz?download=true"]
-    assert [text for piece in pieces(find_files(inputs), piece_bytes=4 * MIB) for text in documents(piece)] == [*lines, "compressed"]
+    assert [
+        text
+        for piece in pieces(find_files(inputs), piece_bytes=4 * MIB)
+        for text in documents(piece)
+    ] == [*lines, "compressed"]
     with pytest.raises(UserError, match="no input at http"):
         find_files([f"{web}/nothing.txt"])
 
@@ -219,13 +261,13 @@ def test_http(tmp_path: Path, web: str) -> None:
         ("gs://bucket/a.txt", "pip install gcsfs"),
         ("abfs://bucket/a.txt", "pip install adlfs"),
         ("nosuch://a.txt", "Protocol not known: nosuch"),
-        ("http://127.0.0.1:9/a.txt", "no input at"),
+        ("NOBODY/a.txt", "no input at"),
         ("hub:./nothing_here", "hub:./nothing_here cannot be opened"),
     ],
 )
-def test_what_cannot_be_reached_is_named(url: str, message: str) -> None:
+def test_what_cannot_be_reached_is_named(url: str, message: str, nobody: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_files([url])
+        find_files([url.replace("NOBODY", nobody)])
 
 
 # --- data sets
@@ -233,16 +275,23 @@ def test_what_cannot_be_reached_is_named(url: str, message: str) -> None:
 
 def test_data_sets_of_the_hub_are_streamed_shard_by_shard(tmp_path: Path) -> None:
     for number in range(3):
-        rows = "".join(json.dumps({"text": f"{number} {row}", "id": row}) + "\n" for row in range(4))
+        rows = "".join(
+            json.dumps({"text": f"{number} {row}", "id": row}) + "\n" for row in range(4)
+        )
         written(tmp_path / "lines" / f"train-{number}.jsonl", rows)
     written(tmp_path / "lines" / "test-0.jsonl", '{"text": "test"}\n{"text": null}\n')
     (file,) = find_files([f"hub:{tmp_path / 'lines'}"])
     assert file.size == len(pieces([file])) == 3
-    assert texts(file.path) == texts(f"{file.path}:default:train") == [f"{number} {row}" for number in range(3) for row in range(4)]
+    assert (
+        texts(file.path)
+        == texts(f"{file.path}:default:train")
+        == [f"{number} {row}" for number in range(3) for row in range(4)]
+    )
     assert texts(f"{file.path}:default:test") == ["test"]
     (tmp_path / "tables").mkdir()
     pq.write_table(
-        pa.table({"text": pa.array([b"a\xff", *[b"b"] * 100], pa.binary()).view(pa.string())}), tmp_path / "tables" / "a.parquet"
+        pa.table({"text": pa.array([b"a\xff", *[b"b"] * 100], pa.binary()).view(pa.string())}),
+        tmp_path / "tables" / "a.parquet",
     )
     assert texts(f"hub:{tmp_path / 'tables'}") == ["a\ufffd", *["b"] * 100]
     for wrong, message in ((":default:validation", "Bad split"), (":english", "cannot be opened")):
@@ -254,13 +303,22 @@ def test_data_sets_of_the_hub_are_streamed_shard_by_shard(tmp_path: Path) -> Non
 
 # --- pieces
 
-sizes = st.lists(st.tuples(st.integers(0, 300), st.sampled_from([".txt", ".txt.gz", ".csv", ".jsonl"])), max_size=12)
+sizes = st.lists(
+    st.tuples(st.integers(0, 300), st.sampled_from([".txt", ".txt.gz", ".csv", ".jsonl"])),
+    max_size=12,
+)
 
 
 @given(sizes, st.integers(1, 150))
-def test_pieces_cover_every_byte_once_in_order(files: list[tuple[int, str]], piece_bytes: int) -> None:
+def test_pieces_cover_every_byte_once_in_order(
+    files: list[tuple[int, str]], piece_bytes: int
+) -> None:
     found = [File(f"{number}{suffix}", size, "") for number, (size, suffix) in enumerate(files)]
-    cut_files = cut(found, splittable=lambda file: file.suffixes in ((".txt", ""), (".jsonl", "")), piece_bytes=piece_bytes)
+    cut_files = cut(
+        found,
+        splittable=lambda file: file.suffixes in ((".txt", ""), (".jsonl", "")),
+        piece_bytes=piece_bytes,
+    )
     position = [(file.path, 0) for file in found]
     for span in (span for piece in cut_files for span in piece):
         assert position.pop(0) == (span.file.path, span.start)
@@ -279,7 +337,9 @@ def test_many_small_files_come_together() -> None:
     found = [File(f"{number}.txt", 10_000, "") for number in range(100_000)]
     cut_files = cut(found, splittable=lambda _: True)
     assert 60 < len(cut_files) < 70
-    assert len(cut([File("a.txt", 10**12, "")], splittable=lambda _: True)) == -(-(10**12) // (128 * MIB))
+    assert len(cut([File("a.txt", 10**12, "")], splittable=lambda _: True)) == -(
+        -(10**12) // (128 * MIB)
+    )
 
 
 def test_opening_in_the_middle(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:

@@ -19,7 +19,10 @@ WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
 def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, unit: Unit) -> None:
     plain = written(tmp_path / "plain.txt", WRAPPED + "Überfluß\n")
-    other = written(tmp_path / "other.txt", b"\xef\xbb\xbf" + (WRAPPED + "Überfluß\n").replace("\n", "\r\n").encode())
+    other = written(
+        tmp_path / "other.txt",
+        b"\xef\xbb\xbf" + (WRAPPED + "Überfluß\n").replace("\n", "\r\n").encode(),
+    )
     assert list(read([other], unit)) == list(read([plain], unit))
 
 
@@ -45,7 +48,9 @@ def test_few_spoiled_documents_are_mended_counted_and_placed(tmp_path: Path, uni
     assert list(read([path], unit, report=report))[:3] == ["fine", "\ufffdber", "x\ufffdy \ufffd"]
     assert (report.documents, report.replaced, report.invalid_utf8, report.nul) == (300, 2, 2, 1)
     first, second = {"line": (2, 3), "paragraph": (3, 5)}[unit]
-    assert report.first == dict.fromkeys(("replaced", "invalid_utf8"), f"{path} line {first}") | {"nul": f"{path} line {second}"}
+    assert report.first == dict.fromkeys(("replaced", "invalid_utf8"), f"{path} line {first}") | {
+        "nul": f"{path} line {second}"
+    }
     assert report.notes()[0].startswith("2 documents had bytes that are not UTF-8")
     assert json.loads(json.dumps(dataclasses.asdict(report))) == dataclasses.asdict(report)
 
@@ -54,18 +59,25 @@ def test_more_than_one_spoiled_document_in_a_hundred_is_another_encoding(tmp_pat
     good = written(tmp_path / "good.txt", b"\n".join(spoiled(200, b"\xfc", b"\xfc")))
     assert len(list(read([good]))) == 200
     bad = written(tmp_path / "bad.txt", b"\n".join(spoiled(199, b"\xfc", b"\xfc")))
-    with pytest.raises(UserError, match=r"bad\.txt line 1 is not UTF-8, as 2 of 199 documents: .*iconv"):
+    with pytest.raises(
+        UserError, match=r"bad\.txt line 1 is not UTF-8, as 2 of 199 documents: .*iconv"
+    ):
         list(read([bad]))
 
 
 def test_only_newlines_end_lines(tmp_path: Path) -> None:
     text = "one\rtwo\x0b\x0c\x1c\x85\u2028three\r\r\nfour\r"
-    assert list(read([written(tmp_path / "a.txt", text)])) == [text[: text.index("\r\r")] + "\r", "four\r"]
+    assert list(read([written(tmp_path / "a.txt", text)])) == [
+        text[: text.index("\r\r")] + "\r",
+        "four\r",
+    ]
 
 
 def test_documents_of_100_mb_are_read(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", b"x" * 100_000_000 + b"\nshort\n" + b"y" * 10_000_000)
-    assert [len(text) for piece in pieces(find_files([str(path)])) for text in documents(piece)] == [100_000_000, 5, 10_000_000]
+    assert [
+        len(text) for piece in pieces(find_files([str(path)])) for text in documents(piece)
+    ] == [100_000_000, 5, 10_000_000]
 
 
 def test_endless_lines_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ def test_unigram_entropy(shards_dir: Path) -> None:
     for split in SPLITS:
         tokens = np.concatenate([shard.tokens for shard in shards.splits[split]])
         shares = np.unique(tokens[tokens != EOS], return_counts=True)[1] / (tokens != EOS).sum()
-        assert shards.manifest["splits"][split]["unigram_entropy"] == pytest.approx(sum(-p * math.log(p) for p in shares), abs=1e-9)
+        assert shards.manifest["splits"][split]["unigram_entropy"] == pytest.approx(
+            sum(-p * math.log(p) for p in shares), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,15 @@ def test_what_gives_no_two_splits_is_refused_and_leaves_nothing(
     tmp_path: Path, tokenizer_dir: Path, text: str, share: float, message: str
 ) -> None:
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    job = Job(pieces(find_files([str(tmp_path / "a.txt")]), "line"), "line", "text", tokenizer_dir, tmp_path / "shards", {}, share)
+    job = Job(
+        pieces(find_files([str(tmp_path / "a.txt")]), "line"),
+        "line",
+        "text",
+        tokenizer_dir,
+        tmp_path / "shards",
+        {},
+        share,
+    )
     with pytest.raises(UserError, match=message):
         tokenize(job)
         merge(job)
@@ -55,7 +65,10 @@ def test_what_gives_no_two_splits_is_refused_and_leaves_nothing(
 def test_a_merge_waits_for_all_parts(make_job: MakeJob) -> None:
     job = make_job("shards")
     tokenize(job, part=1, parts=2)
-    with pytest.raises(UserError, match=rf"{len(job.pieces[::2])} of {len(job.pieces)} pieces are not tokenized yet \(0, 2, 4, "):
+    with pytest.raises(
+        UserError,
+        match=rf"{len(job.pieces[::2])} of {len(job.pieces)} pieces are not tokenized yet \(0, 2, 4, ",
+    ):
         merge(job)
     assert not job.output.exists()
     tokenize(job, part=0, parts=2)
@@ -65,7 +78,9 @@ def test_a_merge_waits_for_all_parts(make_job: MakeJob) -> None:
 
 @pytest.mark.parametrize("unique", [False, True])
 @pytest.mark.parametrize("step", ["write_shard", "publish", "manifest_entry"])
-def test_a_merge_that_broke_off_is_done_again(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, unique: bool, step: str) -> None:
+def test_a_merge_that_broke_off_is_done_again(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, unique: bool, step: str
+) -> None:
     whole, broken = make_job("whole", unique=unique), make_job("broken", unique=unique)
     for job in (whole, broken):
         tokenize(job)
@@ -85,12 +100,17 @@ def test_a_merge_that_broke_off_is_done_again(make_job: MakeJob, monkeypatch: py
 
 
 @pytest.mark.parametrize("bucket", [1 << 22, 50])
-def test_of_equal_documents_the_first_stays(make_job: MakeJob, tmp_path: Path, bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_equal_documents_the_first_stays(
+    make_job: MakeJob, tmp_path: Path, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizing, "_BUCKET_DOCUMENTS", bucket)
     lines = [f"this is line {number * number % 700}" for number in range(3000)]
     text = tmp_path / "a.txt"
     text.write_text("\n".join(lines), encoding="utf-8")
-    every, once = make_job("every", piece_bytes=6000, files=[text]), make_job("once", piece_bytes=6000, files=[text], unique=True)
+    every, once = (
+        make_job("every", piece_bytes=6000, files=[text]),
+        make_job("once", piece_bytes=6000, files=[text], unique=True),
+    )
     manifests = []
     for job in (every, once):
         tokenize(job)
@@ -100,9 +120,18 @@ def test_of_equal_documents_the_first_stays(make_job: MakeJob, tmp_path: Path, b
         assert unique == list(dict.fromkeys(repeated)) and len(unique) < len(repeated) / 3
         assert manifests[1]["splits"][split]["documents"] == len(unique)
         assert manifests[1]["splits"][split]["tokens"] == sum(map(len, unique))
-    counted = np.bincount(np.concatenate([shard.tokens for split in SPLITS for shard in open_shards(once.output).splits[split]]))
-    assert open_shards(once.output).token_counts().sum(0)[: len(counted)].tolist() == counted.tolist()
-    assert manifests[1]["report"]["duplicates"] == 3000 - len(set(lines)) and manifests[0]["report"]["duplicates"] == 0
+    counted = np.bincount(
+        np.concatenate(
+            [shard.tokens for split in SPLITS for shard in open_shards(once.output).splits[split]]
+        )
+    )
+    assert (
+        open_shards(once.output).token_counts().sum(0)[: len(counted)].tolist() == counted.tolist()
+    )
+    assert (
+        manifests[1]["report"]["duplicates"] == 3000 - len(set(lines))
+        and manifests[0]["report"]["duplicates"] == 0
+    )
 
 
 def test_counting_a_shard_takes_less_memory_than_the_shard() -> None:
@@ -116,7 +145,9 @@ def test_counting_a_shard_takes_less_memory_than_the_shard() -> None:
     assert most < tokens.nbytes / 4
 
 
-def test_a_merge_forgets_what_another_one_left(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_forgets_what_another_one_left(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed while it left out documents, and then asked to keep them."""
     unique, every, whole = make_job("shards", unique=True), make_job("shards"), make_job("whole")
     tokenize(unique)

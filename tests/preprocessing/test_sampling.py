@@ -13,7 +13,11 @@ from kantai.preprocessing.documents import documents, pieces, splittable
 from kantai.preprocessing.files import MIB, File, find_files
 from kantai.preprocessing.sampling import Sample, draw_samples
 
-COMPRESSORS = {"gz": gzip.compress, "xz": lzma.compress, "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True)}
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
 
 
 def lines(name: str, number: int) -> list[str]:
@@ -28,13 +32,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
     (folder / "large.txt").write_text("\n".join(lines("large", 250_000)))
     for number in range(100):
         (folder / f"small{number:02}.txt").write_text("\n".join(lines(f"small{number:02}", 1000)))
-    (folder / "zipped.txt.gz").write_bytes(gzip.compress("\n".join(lines("zip", 250_000)).encode(), 1))
-    pq.write_table(pa.table({"text": lines("table", 150_000)}), folder / "a.parquet", row_group_size=1000)
+    (folder / "zipped.txt.gz").write_bytes(
+        gzip.compress("\n".join(lines("zip", 250_000)).encode(), 1)
+    )
+    pq.write_table(
+        pa.table({"text": lines("table", 150_000)}), folder / "a.parquet", row_group_size=1000
+    )
     return find_files([str(folder)])
 
 
-def drawn(files: list[File], sample_bytes: int, seed: int = 0) -> tuple[Sample, list[str], list[str]]:
-    samples = draw_samples(files, sample_bytes, seed, documents, splittable=lambda file: splittable(file, None), rest_bytes=2 * MIB)
+def drawn(
+    files: list[File], sample_bytes: int, seed: int = 0
+) -> tuple[Sample, list[str], list[str]]:
+    samples = draw_samples(
+        files,
+        sample_bytes,
+        seed,
+        documents,
+        splittable=lambda file: splittable(file, None),
+        rest_bytes=2 * MIB,
+    )
     sample, rest = (list(sample.read(documents)) for sample in samples)
     return samples[0], sample, rest
 
@@ -71,8 +88,12 @@ def test_a_corpus_no_larger_than_the_sample_is_used_whole(corpus: list[File]) ->
     assert MIB < sum(map(len, rest)) < 3 * MIB
 
 
-@pytest.mark.parametrize(("number", "length", "sample_bytes"), [(400, 400, 2 * MIB), (20, 28_000, 8 * MIB)])
-def test_of_small_files_that_cannot_be_cut_no_more_is_drawn(tmp_path: Path, number: int, length: int, sample_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "length", "sample_bytes"), [(400, 400, 2 * MIB), (20, 28_000, 8 * MIB)]
+)
+def test_of_small_files_that_cannot_be_cut_no_more_is_drawn(
+    tmp_path: Path, number: int, length: int, sample_bytes: int
+) -> None:
     for index in range(number):
         (tmp_path / f"{index}.csv").write_text("text\n" + "\n".join(lines(f"{index:03}", length)))
     sample, texts, rest = drawn(find_files([str(tmp_path)]), sample_bytes)
@@ -88,20 +109,26 @@ def repeated(name: str, number: int) -> list[str]:
 
 @pytest.mark.parametrize("suffix", ["parquet", "txt.gz", "txt.xz", "txt.zst"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(tmp_path: Path, suffix: str, share: float) -> None:
+def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(
+    tmp_path: Path, suffix: str, share: float
+) -> None:
     """Also where all that is stored is less than the sample, and where the files' ends would come after it is full."""
     number = 60_000
     for name in "0123":
         content, path = repeated(name, number), tmp_path / f"{name}.{suffix}"
         if suffix == "parquet":
-            pq.write_table(pa.table({"text": content}), path, compression="zstd", row_group_size=10_000)
+            pq.write_table(
+                pa.table({"text": content}), path, compression="zstd", row_group_size=10_000
+            )
         else:
             path.write_bytes(COMPRESSORS[suffix.removeprefix("txt.")]("\n".join(content).encode()))
     files = find_files([str(tmp_path)])
     stored = sum(file.text_bytes for file in files)
     assert stored < 3 * number * 64  # a quarter less than there is, or more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kantai.preprocessing.sampling.MIB", 1 << 14)  # files of some size, as to the sample
+        patch.setattr(
+            "kantai.preprocessing.sampling.MIB", 1 << 14
+        )  # files of some size, as to the sample
         sample, texts, rest = drawn(files, int(share * stored))
     assert sample.bytes == pytest.approx(share * stored, rel=0.1)
     for some in (texts, rest):
@@ -110,7 +137,9 @@ def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(t
     assert set(rest).isdisjoint(texts)
 
 
-def test_a_corpus_that_is_less_than_the_sample_is_used_whole_however_it_is_stored(tmp_path: Path) -> None:
+def test_a_corpus_that_is_less_than_the_sample_is_used_whole_however_it_is_stored(
+    tmp_path: Path,
+) -> None:
     content = repeated("0", 60_000)
     pq.write_table(pa.table({"text": content}), tmp_path / "a.parquet", compression="zstd")
     assert drawn(find_files([str(tmp_path)]), 5 * MIB)[1] == content
@@ -118,7 +147,9 @@ def test_a_corpus_that_is_less_than_the_sample_is_used_whole_however_it_is_store
 
 def test_a_little_of_a_large_compressed_file_is_not_sought_at_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress("\n".join(lines("begin", 100_000) * 18).encode(), 1) + b"damaged")
+    path.write_bytes(
+        gzip.compress("\n".join(lines("begin", 100_000) * 18).encode(), 1) + b"damaged"
+    )
     (file,) = find_files([str(path)])
     texts = drawn([File(file.path, 100 * MIB, "")], MIB)[1]
     assert sum(map(len, texts)) >= MIB

@@ -1,12 +1,9 @@
 """A text to start with, whatever the network does: answers, lies, drips, breaks off, or is not there."""
 
+import contextlib
 import hashlib
 import http.server
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +13,10 @@ import pytest
 
 from kantai.errors import UserError
 from kantai.preprocessing.starter_corpus import PROMPTS, FetchError, fetch, write_starter
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import run_python
 
 BOUNDS = (1000, 20_000)
+SLOW_BYTES = 1500
 KANT = "Reason without intuition is empty.\r\n" * 100
 
 
@@ -52,11 +50,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/truncated.txt":
             self.answer(KANT.encode()[:2000], announced=5000)
         elif self.path == "/drip.txt":
-            self.answer(b"", announced=5000)
-            self.drip(b"x" * 2000)
+            self.answer(b"", announced=SLOW_BYTES)
+            self.drip()
         elif self.path == "/drip_header.txt":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
-            self.drip(b"x" * 2000)
+            self.drip()
+            self.wfile.write(b"\r\n\r\n" + KANT.encode())
         elif self.path in PAGES:
             self.answer(PAGES[self.path])
         else:
@@ -68,14 +67,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def drip(self, body: bytes) -> None:
-        """A byte every 20 ms, so that no single read ever times out."""
-        try:
-            for byte in body:
-                self.wfile.write(bytes([byte]))
-                time.sleep(0.02)
-        except OSError:  # the client had enough
-            pass
+    def drip(self) -> None:
+        """A byte every 20 ms, so that no single read ever times out: in half a minute all of it has come."""
+        for _ in range(SLOW_BYTES):
+            self.wfile.write(b"x")
+            time.sleep(0.02)
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the client had enough
+            super().handle()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -92,14 +92,6 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def nobody() -> str:
-    """An address where nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -114,12 +106,17 @@ def test_first_source_that_answers_is_taken(server: str) -> None:
 def test_second_source_is_joined_from_books_without_their_licences(server: str) -> None:
     books = [f"{server}/{name}.txt" for name in ("one", "two", "three")]
     text, urls = fetch([[f"{server}/missing.txt"], books], BOUNDS)
-    assert text.split("\n\n") == ["\n".join(f"{title}, sentence {number}." for number in range(50)) for title in ("one", "two", "three")]
+    assert text.split("\n\n") == [
+        "\n".join(f"{title}, sentence {number}." for number in range(50))
+        for title in ("one", "two", "three")
+    ]
     assert urls == books
 
 
 def test_a_source_with_one_book_missing_is_not_taken(server: str) -> None:
-    text, urls = fetch([[f"{server}/one.txt", f"{server}/missing.txt"], [f"{server}/kant.txt"]], BOUNDS)
+    text, urls = fetch(
+        [[f"{server}/one.txt", f"{server}/missing.txt"], [f"{server}/kant.txt"]], BOUNDS
+    )
     assert "sentence" not in text and urls == [f"{server}/kant.txt"]
 
 
@@ -141,14 +138,14 @@ def test_what_is_no_text_is_refused_with_the_reason(server: str, page: str, reas
 
 @pytest.mark.parametrize("page", ["drip", "drip_header"])
 def test_deadline_holds_against_a_server_that_drips(server: str, page: str) -> None:
-    start = time.monotonic()
     with pytest.raises(FetchError, match=f"/{page}.txt"):
         fetch([[f"{server}/{page}.txt"]], BOUNDS, timeout_seconds=0.3)
-    assert time.monotonic() - start < 10  # of the 40 that it takes
 
 
 def test_every_failed_source_is_listed(server: str, nobody: str) -> None:
-    with pytest.raises(FetchError, match=rf"{nobody}/x: .*refused.*; {server}/small\.txt: 25 bytes"):
+    with pytest.raises(
+        FetchError, match=rf"{nobody}/x: .*refused.*; {server}/small\.txt: 25 bytes"
+    ):
         fetch([[f"{nobody}/x"], [f"{server}/small.txt"]], BOUNDS)
 
 
@@ -157,7 +154,10 @@ def test_kant_is_written_with_prompts_and_source(server: str, tmp_path: Path) ->
     assert said == "corpus: kant"
     assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == KANT.replace("\r\n", "\n")
     assert json.loads((tmp_path / "prompts.json").read_text()) == PROMPTS["kant"]
-    assert json.loads((tmp_path / "source.json").read_text()) == {"name": "kant", "source": [f"{server}/kant.txt"]}
+    assert json.loads((tmp_path / "source.json").read_text()) == {
+        "name": "kant",
+        "source": [f"{server}/kant.txt"],
+    }
 
 
 def test_kant_asked_for_and_not_to_be_had_is_an_error(nobody: str, tmp_path: Path) -> None:
@@ -176,11 +176,9 @@ def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: P
     assert 1_000_000 < len(corpus) < 5_000_000
     assert b"\n\n" in corpus and b"\0" not in corpus
 
-    code = "import sys; from kantai.preprocessing.starter_corpus import python_docs; sys.stdout.buffer.write(python_docs().encode())"
-    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=True)
-    assert hashlib.sha256(ran.stdout).hexdigest() == hashlib.sha256(corpus).hexdigest()
-    assert ran.stderr == b""
+    code = "import hashlib; from kantai.preprocessing.starter_corpus import python_docs; print(hashlib.sha256(python_docs().encode()).hexdigest())"
+    ran = run_python(code, cwd=tmp_path, PYTHONHASHSEED="7")
+    assert (ran.stdout, ran.stderr) == (f"{hashlib.sha256(corpus).hexdigest()}\n", "")
 
 
 @pytest.mark.parametrize("prompt", [prompt for prompts in PROMPTS.values() for prompt in prompts])

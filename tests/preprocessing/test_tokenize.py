@@ -22,7 +22,9 @@ MakeJob = Callable[..., Job]
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
 
 
-def test_a_text_lands_in_the_same_split_whatever_else_there_is(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_text_lands_in_the_same_split_whatever_else_there_is(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
     def held_out(name: str, texts: list[str], share: float = 0.25) -> set[tuple[int, ...]]:
         (tmp_path / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
         cut = pieces(find_files([str(tmp_path / f"{name}.txt")]), "line", 3000)
@@ -39,7 +41,9 @@ def test_a_text_lands_in_the_same_split_whatever_else_there_is(tmp_path: Path, t
     assert 60 < len(every) < 140  # a quarter of 400, within 4.6 standard errors
 
 
-def test_output_that_exists_is_refused_and_left_alone(tmp_path: Path, shards_dir: Path, corpus_file: Path, tokenizer_dir: Path) -> None:
+def test_output_that_exists_is_refused_and_left_alone(
+    tmp_path: Path, shards_dir: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
     shutil.copytree(shards_dir, tmp_path / "shards")
     cut = pieces(find_files([str(corpus_file)]), "line")
     with pytest.raises(UserError, match=r"shards exists already"):
@@ -55,14 +59,23 @@ def test_only_from_shards_of_ours_pieces_are_tidied_up(
     shutil.copytree(shards_dir if ours else tokenizer_dir, tmp_path / "output")
     (tmp_path / "output" / "pieces").mkdir()
     (tmp_path / "output" / "pieces" / "thesis.tex").write_text("years of work")
-    job = Job(pieces(find_files([str(corpus_file)]), "line"), "line", "text", tokenizer_dir, tmp_path / "output", {})
+    job = Job(
+        pieces(find_files([str(corpus_file)]), "line"),
+        "line",
+        "text",
+        tokenizer_dir,
+        tmp_path / "output",
+        {},
+    )
     with pytest.raises(UserError, match="output exists already"):
         tokenize(job)
     assert (tmp_path / "output" / "pieces").exists() != ours
 
 
 @pytest.mark.parametrize("unique", [False, True])
-def test_any_number_of_processes_and_parts_gives_the_same_bytes(make_job: MakeJob, unique: bool) -> None:
+def test_any_number_of_processes_and_parts_gives_the_same_bytes(
+    make_job: MakeJob, unique: bool
+) -> None:
     alone = make_job("alone", unique=unique)
     assert len(alone.pieces) > 10
     tokenize(alone, processes=1)
@@ -79,24 +92,36 @@ def test_any_number_of_processes_and_parts_gives_the_same_bytes(make_job: MakeJo
     merge(in_parts)
 
     assert content(alone.output) == content(together.output) == content(in_parts.output)
-    assert {path.name for path in alone.output.parent.iterdir()} == {"alone", "together", "in_parts"}
+    assert {path.name for path in alone.output.parent.iterdir()} == {
+        "alone",
+        "together",
+        "in_parts",
+    }
 
 
 def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.txt" for number in range(4)]
     for number, file in enumerate(files):
-        file.write_text("".join(f"line {line} of file {number}\n" for line in range(500)), encoding="utf-8")
+        file.write_text(
+            "".join(f"line {line} of file {number}\n" for line in range(500)), encoding="utf-8"
+        )
     tokenize(make_job("shards", piece_bytes=5000, files=files))
     work = make_job("shards", piece_bytes=5000, files=files).work
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
-    files[2].write_text(files[2].read_text(encoding="utf-8").replace("line", "LINE"), encoding="utf-8")
+    files[2].write_text(
+        files[2].read_text(encoding="utf-8").replace("line", "LINE"), encoding="utf-8"
+    )
     os.utime(files[2], (1, 1))
 
     job = make_job("shards", piece_bytes=5000, files=files)
     tokenize(job)
-    redone = {name for name, modified in before.items() if (work / name).stat().st_mtime_ns != modified}
+    redone = {
+        name for name, modified in before.items() if (work / name).stat().st_mtime_ns != modified
+    }
     assert redone == {
-        f"{number:06d}.json" for number, piece in enumerate(job.pieces) if any(span.file.path.endswith("2.txt") for span in piece)
+        f"{number:06d}.json"
+        for number, piece in enumerate(job.pieces)
+        if any(span.file.path.endswith("2.txt") for span in piece)
     }
     assert 0 < len(redone) < len(before)
     assert merge(job)["report"]["documents"] == 2000
@@ -104,14 +129,21 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
     other = replace(make_job("other", piece_bytes=5000, files=files), held_out_share=0.2)
     tokenize(make_job("other", piece_bytes=5000, files=files))
     tokenize(other)  # another share: everything
-    assert merge(other)["splits"]["held_out"]["documents"] > 1.5 * open_shards(job.output).manifest["splits"]["held_out"]["documents"]
+    assert (
+        merge(other)["splits"]["held_out"]["documents"]
+        > 1.5 * open_shards(job.output).manifest["splits"]["held_out"]["documents"]
+    )
 
 
-def test_bad_input_keeps_what_is_done_and_names_the_place(make_job: MakeJob, tmp_path: Path) -> None:
+def test_bad_input_keeps_what_is_done_and_names_the_place(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     good.write_text('{"text": "one"}\n' * 1000, encoding="utf-8")
     bad.write_text('{"text": "one"}\n' * 100 + "{\n", encoding="utf-8")
-    job = replace(make_job("shards"), pieces=pieces(find_files([str(good), str(bad)]), None, 8000), unit=None)
+    job = replace(
+        make_job("shards"), pieces=pieces(find_files([str(good), str(bad)]), None, 8000), unit=None
+    )
     with pytest.raises(UserError, match=r"b\.jsonl.* is not JSON"):
         tokenize(job, processes=1)
     assert len(list(job.work.glob("*.json"))) == 2 and not job.output.exists()
@@ -119,16 +151,28 @@ def test_bad_input_keeps_what_is_done_and_names_the_place(make_job: MakeJob, tmp
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"part": 3, "parts": 3}, "--part 3 must be one of 0 to 2"), ({"part": -1}, "--part -1 must be one of 0 to 0")],
+    [
+        ({"part": 3, "parts": 3}, "--part 3 must be one of 0 to 2"),
+        ({"part": -1}, "--part -1 must be one of 0 to 0"),
+    ],
 )
-def test_parts_are_counted_from_0(make_job: MakeJob, arguments: dict[str, int], message: str) -> None:
+def test_parts_are_counted_from_0(
+    make_job: MakeJob, arguments: dict[str, int], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         tokenize(make_job("shards"), **arguments)
 
 
 def test_one_part_of_one_is_a_part(make_job: MakeJob, tmp_path: Path, corpus_file: Path) -> None:
     """As in an array that turned out to have a single task."""
-    where = ["--input", corpus_file, "--tokenizer", make_job("x").tokenizer, "--output", tmp_path / "shards"]
+    where = [
+        "--input",
+        corpus_file,
+        "--tokenizer",
+        make_job("x").tokenizer,
+        "--output",
+        tmp_path / "shards",
+    ]
     for arguments in (["--part", 0, "--parts", 1], ["--merge"]):
         assert not (tmp_path / "shards").exists()
         done = script("tokenize_corpus", *where, *arguments)

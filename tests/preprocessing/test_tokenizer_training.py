@@ -3,7 +3,6 @@
 import filecmp
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,20 +14,28 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.tokenizer_training import coverage, train_tokenizer
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import run_program
 
 
 def read(path: Path, unit: Unit) -> Iterator[str]:
-    return (text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit))
+    return (
+        text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit)
+    )
 
 
 # The five words have 22 joints between letters, each of which becomes an entry beside the specials and bytes.
 FREQUENT = ["The Critique of Pure Reason. Critique of Reason, of Pure Reason."] * 20
 # The tutorial's own text and what training on it gave, where KANTAI_CORPUS names the file.
-KANT = [(read(Path(os.environ["KANTAI_CORPUS"]), "line"), 11_565)] if "KANTAI_CORPUS" in os.environ else []
+KANT = (
+    [(read(Path(os.environ["KANTAI_CORPUS"]), "line"), 11_565)]
+    if "KANTAI_CORPUS" in os.environ
+    else []
+)
 
 
-def test_two_trainings_give_the_same_files(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
+def test_two_trainings_give_the_same_files(
+    tmp_path: Path, tokenizer_dir: Path, corpus_file: Path
+) -> None:
     save_tokenizer(train_tokenizer(read(corpus_file, "paragraph"), 1000, 2), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
@@ -39,17 +46,24 @@ def test_two_trainings_give_the_same_files(tmp_path: Path, tokenizer_dir: Path, 
 def test_words_of_the_corpus_become_one_token_each(texts: Iterable[str], entries: int) -> None:
     tokenizer = train_tokenizer(texts, 52_000, 2)
     assert tokenizer.get_vocab_size() == entries
-    assert tokenizer.encode("The Critique of Pure Reason.").tokens == "<s> The ĠCritique Ġof ĠPure ĠReason . </s>".split()
+    assert (
+        tokenizer.encode("The Critique of Pure Reason.").tokens
+        == "<s> The ĠCritique Ġof ĠPure ĠReason . </s>".split()
+    )
 
 
 def test_small_corpus_fills_fewer_entries_than_allowed() -> None:
-    assert train_tokenizer(["abab"], 52_000, 2).get_vocab_size() == 262  # and every byte is there, seen or not
+    assert (
+        train_tokenizer(["abab"], 52_000, 2).get_vocab_size() == 262
+    )  # and every byte is there, seen or not
     assert train_tokenizer(["abab"], 52_000, 3).get_vocab_size() == 261
 
 
 @pytest.mark.parametrize(("vocab_size", "min_frequency"), [(260, 2), (0, 2), (-1, 2), (1000, 0)])
 def test_numbers_that_cannot_be_are_refused(vocab_size: int, min_frequency: int) -> None:
-    with pytest.raises(UserError, match=r"--vocab_size .* is too small|--min_frequency 0 must be at least 1"):
+    with pytest.raises(
+        UserError, match=r"--vocab_size .* is too small|--min_frequency 0 must be at least 1"
+    ):
         train_tokenizer(["text"], vocab_size, min_frequency)
 
 
@@ -66,17 +80,29 @@ def test_coverage(tokenizer_dir: Path) -> None:
     assert coverage(vocabulary, [])["bytes"] == 0
 
 
-def test_processes_train_the_same_tokenizer_on_any_number_of_threads(tmp_path: Path, corpus_file: Path) -> None:
+def test_processes_train_the_same_tokenizer_on_any_number_of_threads(
+    tmp_path: Path, corpus_file: Path
+) -> None:
     text = corpus_file.read_text(encoding="utf-8")
-    (tmp_path / "corpus.txt").write_text("".join(f"{text}part {number}\n" for number in range(8)), encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(
+        "".join(f"{text}part {number}\n" for number in range(8)), encoding="utf-8"
+    )
     numbers = ["--vocab_size=1000", "--sample_bytes=1e6", f"--input={tmp_path / 'corpus.txt'}"]
     for parallel in ("true", "false"):
-        environment = {**ENVIRONMENT, "TOKENIZERS_PARALLELISM": parallel}
-        command = [sys.executable, "scripts/train_tokenizer.py", *numbers, f"--output={tmp_path / parallel}"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        command = [
+            sys.executable,
+            "scripts/train_tokenizer.py",
+            *numbers,
+            f"--output={tmp_path / parallel}",
+        ]
+        done = run_program(command, TOKENIZERS_PARALLELISM=parallel)
         assert "trained on 1,0" in done.stdout
     names = ["merges.txt", "tokenizer.json", "vocab.json", "report.json"]
-    assert filecmp.cmpfiles(tmp_path / "true", tmp_path / "false", names, shallow=False) == (names, [], [])
+    assert filecmp.cmpfiles(tmp_path / "true", tmp_path / "false", names, shallow=False) == (
+        names,
+        [],
+        [],
+    )
     report = json.loads((tmp_path / "true" / "report.json").read_text(encoding="utf-8"))
     assert report["sample_bytes"] < 1.1e6 < report["corpus_bytes"]
     assert report["coverage"]["one_token_words"] > 0.5

@@ -37,8 +37,14 @@ def test_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
         "kind": "test",
         "about": "ä",
         "files": {
-            "b.txt": {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
-            "deep/a.bin": {"bytes": 3, "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"},
+            "b.txt": {
+                "bytes": 0,
+                "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            },
+            "deep/a.bin": {
+                "bytes": 3,
+                "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3",
+            },
         },
     }
 
@@ -100,14 +106,25 @@ run_command(main)
 """
     ran = run_python(code)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == "error: no space left on the device: free some and run the same command again\n"
+    assert (
+        ran.stderr
+        == "error: no space left on the device: free some and run the same command again\n"
+    )
     assert names(tmp_path) == []
 
 
 def test_digest_depends_on_values_alone() -> None:
     value = {"b": [1, 2.5, None], "a": {"y": "ä", "x": True}}
     assert digest(value) == digest({"a": {"x": True, "y": "ä"}, "b": [1, 2.5, None]})
-    others = [{}, [], "", None, value | {"c": 1}, value | {"b": [2.5, 1, None]}, value | {"b": ["1", 2.5, None]}]
+    others = [
+        {},
+        [],
+        "",
+        None,
+        value | {"c": 1},
+        value | {"b": [2.5, 1, None]},
+        value | {"b": ["1", 2.5, None]},
+    ]
     assert len({digest(other) for other in [value, *others]}) == len(others) + 1
 
 
@@ -133,7 +150,9 @@ def be_a_folder(path: Path) -> None:
         (be_a_folder, "is missing", True),
     ],
 )
-def test_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str, without_hashes: bool) -> None:
+def test_damaged_file_is_named(
+    tmp_path: Path, damage: Callable[[Path], None], message: str, without_hashes: bool
+) -> None:
     target = seal(tmp_path / "model", a="first", b="other")
     damage(target / "b")
     with pytest.raises(Damaged, match=f"{target / 'b'} {message}"):
@@ -146,7 +165,19 @@ def test_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None], m
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "null", "{}", '{"files": []}', '{"files": {"a": 5}}', '{"files": {"a": {"bytes": 1}}}', "[" * 100_000]
+    "content",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"files": []}',
+        '{"files": {"a": 5}}',
+        '{"files": {"a": {"bytes": 1}}}',
+        "[" * 100_000,
+    ],
 )
 def test_damaged_manifest_is_named(tmp_path: Path, content: str | None) -> None:
     target = seal(tmp_path / "model", a="first")

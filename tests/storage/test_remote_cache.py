@@ -6,13 +6,13 @@ import json
 import mmap
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -22,10 +22,9 @@ from moto.server import ThreadedMotoServer
 
 from kantai.errors import UserError
 from kantai.storage.remote_cache import Cache, RemoteFile
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import MAX_SECONDS, ROOT, Program, wait_until
 
 PLENTY = 1 << 30
-MAX_SECONDS = 240  # that anything takes on a busy machine
 SIZE = 200_000
 FAULTS = ("500", "503", "cut", "short", "wrong", "stall", "hang up")
 CHILD = """
@@ -133,7 +132,12 @@ def s3() -> Iterator[s3fs.S3FileSystem]:
 
 
 def cache_of(url: str, folder: Path, limit_bytes: int = PLENTY, **settings: Any) -> Cache:
-    return Cache(url, folder, limit_bytes, **{"backoff_seconds": 0.001, "stall_seconds": 20.0} | settings)
+    return Cache(
+        url,
+        folder,
+        limit_bytes,
+        **{"backoff_seconds": 0.001, "stall_seconds": MAX_SECONDS} | settings,
+    )
 
 
 def content_of(cache: Cache, file: RemoteFile) -> bytes:
@@ -154,27 +158,43 @@ def partials(folder: Path) -> list[Path]:
     return list(folder.glob("*/*.partial"))
 
 
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + MAX_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"waited for {MAX_SECONDS} seconds"
-        time.sleep(0.01)
+def until_idle(before: set[threading.Thread]) -> None:
+    """Return when no thread that a cache has started since is at work."""
+    wait_until(
+        lambda: (
+            not [
+                thread
+                for thread in set(threading.enumerate()) - before
+                if thread.name in ("prefetch", "transfer")
+            ]
+        )
+    )
 
 
-def child(code: str, url: str, folder: Path, files: list[RemoteFile], launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+def child(
+    code: str, url: str, folder: Path, files: list[RemoteFile], launcher: Sequence[str] = ()
+) -> Program:
     job = json.dumps([url, str(folder), [[file.name, file.size, file.sha256] for file in files]])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    return subprocess.Popen([*launcher, sys.executable, "-c", CHILD + code, job], env=environment, text=True, stderr=subprocess.PIPE)
+    of_s3 = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return Program(
+        [*launcher, sys.executable, "-c", CHILD + code, job], PYTHONPATH=str(ROOT), **of_s3
+    )
 
 
-def ended_well(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=MAX_SECONDS)
-    assert process.returncode == 0, errors
+def ended_well(program: Program) -> None:
+    assert program.ended() == 0, program.report()
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file", "http", "s3"])
-def test_files_of_any_url_are_fetched_once(scheme: str, tmp_path: Path, server: Server, s3: s3fs.S3FileSystem) -> None:
-    url = {"memory": "memory://set/", "file": f"file://{tmp_path}/set", "http": server.url, "s3": "s3://bucket/set"}[scheme]
+def test_files_of_any_url_are_fetched_once(
+    scheme: str, tmp_path: Path, server: Server, s3: s3fs.S3FileSystem
+) -> None:
+    url = {
+        "memory": "memory://set/",
+        "file": f"file://{tmp_path}/set",
+        "http": server.url,
+        "s3": "s3://bucket/set",
+    }[scheme]
     file = server.add("part/train-00000.arrow")
     content = server.contents[f"/set/{file.name}"]
     (tmp_path / "set" / "part").mkdir(parents=True)
@@ -190,11 +210,16 @@ def test_files_of_any_url_are_fetched_once(scheme: str, tmp_path: Path, server: 
         file_system.rm_file(f"{root}/{file.name}")
     for again in (cache, cache_of(url.rstrip("/"), tmp_path / "cache")):
         assert content_of(again, file) == content
-    with pytest.raises(UserError, match=r"cannot read .*set/part/train-00000\.arrow: FileNotFoundError: .* \(try 1 of 6\)"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot read .*set/part/train-00000\.arrow: FileNotFoundError: .* \(try 1 of 6\)",
+    ):
         cache.read_small(file.name)
 
 
-def test_a_large_object_written_in_parts_arrives(tmp_path: Path, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_object_written_in_parts_arrives(
+    tmp_path: Path, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Above a size, s3fs asks for parts of an object at the same time and writes them out of order."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {"default_block_size": 100_000})
     content = random.Random(1).randbytes(1_000_001)
@@ -208,7 +233,7 @@ def test_everything_arrives_whole_from_a_bad_network(tmp_path: Path, server: Ser
     answers = [*FAULTS * 2, *[""] * 14]
     random.Random(7).shuffle(answers)
     server.fault = lambda: answers.pop() if answers else ""
-    cache = cache_of(server.url, tmp_path, tries=12, stall_seconds=2.0)
+    cache = cache_of(server.url, tmp_path, tries=12, stall_seconds=1.0)
     assert all(arrives(cache, file) for file in files)
     assert not answers
     assert kept(tmp_path) == {file.sha256 for file in files} and not partials(tmp_path)
@@ -226,18 +251,29 @@ def test_everything_arrives_whole_from_a_bad_network(tmp_path: Path, server: Ser
         ("stall", "imeout"),
     ],
 )
-def test_what_never_arrives_is_named_after_all_tries(tmp_path: Path, server: Server, fault: str, reason: str) -> None:
+def test_what_never_arrives_is_named_after_all_tries(
+    tmp_path: Path, server: Server, fault: str, reason: str
+) -> None:
     file = server.add("train-00000.arrow")
     server.fault = lambda: fault
-    with pytest.raises(UserError, match=rf"cannot read {server.url}/{file.name}: .*({reason}).* \(try 3 of 3\); see") as caught:
-        cache_of(server.url, tmp_path, tries=3, **{"stall_seconds": 2.0} if fault == "stall" else {}).open(file)
+    with pytest.raises(
+        UserError,
+        match=rf"cannot read {server.url}/{file.name}: .*({reason}).* \(try 3 of 3\); see",
+    ) as caught:
+        cache_of(
+            server.url, tmp_path, tries=3, **{"stall_seconds": 0.5} if fault == "stall" else {}
+        ).open(file)
     assert "\n" not in str(caught.value)
     assert server.asked == {f"/set/{file.name}": 3}
     assert not kept(tmp_path) and not partials(tmp_path)
 
 
-@pytest.mark.parametrize(("status", "reason"), [("404", "FileNotFoundError"), ("403", "403"), ("401", "401")])
-def test_what_is_not_there_or_not_for_us_is_asked_for_once(tmp_path: Path, server: Server, status: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "reason"), [("404", "FileNotFoundError"), ("403", "403"), ("401", "401")]
+)
+def test_what_is_not_there_or_not_for_us_is_asked_for_once(
+    tmp_path: Path, server: Server, status: str, reason: str
+) -> None:
     file = server.add("train-00000.arrow")
     server.fault = lambda: status
     for read in (lambda cache: cache.open(file), lambda cache: cache.read_small(file.name)):
@@ -247,7 +283,9 @@ def test_what_is_not_there_or_not_for_us_is_asked_for_once(tmp_path: Path, serve
         assert server.asked.total() == 1
 
 
-def test_no_right_to_an_object_is_told_from_a_passing_failure(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_right_to_an_object_is_told_from_a_passing_failure(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
@@ -256,7 +294,9 @@ def test_no_right_to_an_object_is_told_from_a_passing_failure(tmp_path: Path, se
         cache_of("s3://bucket", tmp_path).open(RemoteFile("a", 1, "0" * 64))
 
 
-def test_a_transfer_that_its_driver_never_ends_is_given_up(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transfer_that_its_driver_never_ends_is_given_up(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Here S3's driver waits for an hour."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 3600}})
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -264,35 +304,92 @@ def test_a_transfer_that_its_driver_never_ends_is_given_up(tmp_path: Path, serve
         monkeypatch.setenv(name, "testing")
     file = server.add("bucket/a")
     server.fault = lambda: "stall" if server.asked.total() == 1 else ""
-    cache = cache_of("s3://bucket", tmp_path, stall_seconds=4.0)
+    background = set(threading.enumerate())
+    cache = cache_of("s3://bucket", tmp_path, stall_seconds=2.0)
     assert arrives(cache, RemoteFile("a", file.size, file.sha256))
     assert server.asked["/set/bucket/a"] >= 2
     server.closing.set()  # what was given up goes on, and ruins nothing
-    time.sleep(0.1)
-    assert kept(tmp_path) == {file.sha256} and arrives(cache, RemoteFile("a", file.size, file.sha256))
+    until_idle(background)
+    assert kept(tmp_path) == {file.sha256} and arrives(
+        cache, RemoteFile("a", file.size, file.sha256)
+    )
 
 
-def test_a_slow_transfer_is_not_given_up(tmp_path: Path, server: Server) -> None:
-    file = server.add("a")
-    server.fault, server.pause_seconds = lambda: "slow", 0.6
-    assert arrives(cache_of(server.url, tmp_path, stall_seconds=4.0), file)  # which takes longer than that, and never stands still
-    assert server.asked.total() == 1
+class Slow(fsspec.AbstractFileSystem):
+    """Brings bytes in pieces. By the clock that the cache looks at, each takes half as long as a transfer may stand still.
+
+    Time goes on here alone, and a piece comes when the one before has been seen: nothing depends on how busy the machine is.
+    """
+
+    protocol = "slow"
+    cachable = False
+    stall_seconds = 0.04  # a quarter of which the cache waits between two looks
+    content = random.Random(2).randbytes(SIZE)
+    now, looked, transfers = 0.0, threading.Event(), 0
+
+    @classmethod
+    def monotonic(cls) -> float:
+        cls.looked.set()
+        return cls.now
+
+    def get_file(self, rpath: str, lpath: str, **_: object) -> None:
+        type(self).transfers += 1
+        with open(lpath, "wb", buffering=0) as file:
+            for start in range(0, SIZE, SIZE // 8):
+                type(self).now += self.stall_seconds / 2
+                file.write(self.content[start : start + SIZE // 8])
+                for _ in range(2):  # the first may have begun before
+                    self.looked.clear()
+                    assert self.looked.wait(MAX_SECONDS)
 
 
-@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "a//b", "a\\b", "", ".", "http://elsewhere/a", "a?b", "%2e%2e/a", "a\n"])
+def test_a_slow_transfer_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than a transfer may stand still, and never does."""
+    fsspec.register_implementation("slow", Slow, clobber=True)
+    monkeypatch.setattr(
+        "kantai.storage.remote_cache.time",
+        SimpleNamespace(monotonic=Slow.monotonic, time_ns=time.time_ns, sleep=time.sleep),
+    )
+    file = RemoteFile("a", SIZE, hashlib.sha256(Slow.content).hexdigest())
+    assert arrives(cache_of("slow://bucket", tmp_path, stall_seconds=Slow.stall_seconds), file)
+    assert Slow.now == pytest.approx(4 * Slow.stall_seconds) and Slow.transfers == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a",
+        "/a",
+        "a/../../b",
+        "a//b",
+        "a\\b",
+        "",
+        ".",
+        "http://elsewhere/a",
+        "a?b",
+        "%2e%2e/a",
+        "a\n",
+    ],
+)
 def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="no plain path below it"):
         RemoteFile(name, 1, "0" * 64)
 
 
-@pytest.mark.parametrize(("size", "sha256"), [(-1, "0" * 64), (1, "../" * 21 + "0"), (1, "0" * 63), (1, "")])
+@pytest.mark.parametrize(
+    ("size", "sha256"), [(-1, "0" * 64), (1, "../" * 21 + "0"), (1, "0" * 63), (1, "")]
+)
 def test_a_hash_that_leads_elsewhere_is_refused(size: int, sha256: str) -> None:
     with pytest.raises(UserError, match="no file has"):
         RemoteFile("a", size, sha256)
 
 
 @pytest.mark.parametrize(
-    ("url", "missing"), [("gs://bucket/set", "gcsfs .*\\(with pip install\\)"), ("nothing://set", "no kind that fsspec reads")]
+    ("url", "missing"),
+    [
+        ("gs://bucket/set", "gcsfs .*\\(with pip install\\)"),
+        ("nothing://set", "no kind that fsspec reads"),
+    ],
 )
 def test_a_missing_driver_is_named(tmp_path: Path, url: str, missing: str) -> None:
     with pytest.raises(UserError, match=f"cannot read {url}: .*{missing}"):
@@ -332,10 +429,9 @@ def test_threads_of_a_process_fetch_a_file_once(tmp_path: Path, server: Server) 
 def test_sigkill_in_mid_download_leaves_nothing_that_stays(tmp_path: Path, server: Server) -> None:
     file, other = server.add("a"), server.add("b")
     server.fault = lambda: "stall" if server.asked.total() == 1 else ""
-    process = child("read(files[0])", server.url, tmp_path, [file])
-    until(lambda: [path for path in partials(tmp_path) if path.stat().st_size > 0])
-    process.kill()
-    process.communicate()
+    program = child("read(files[0])", server.url, tmp_path, [file])
+    wait_until(lambda: [path for path in partials(tmp_path) if path.stat().st_size > 0], program)
+    program.kill_all()
     assert len(partials(tmp_path)) == 1 and not kept(tmp_path)
     cache = cache_of(server.url, tmp_path)
     assert arrives(cache, other)
@@ -346,18 +442,20 @@ def test_sigkill_in_mid_download_leaves_nothing_that_stays(tmp_path: Path, serve
 def test_a_download_under_way_is_left_alone(tmp_path: Path, server: Server) -> None:
     slow, other = server.add("slow"), server.add("other")
     server.fault = lambda: "hold" if server.asked.total() == 1 else ""
-    process = child("read(files[0])", server.url, tmp_path, [slow])
-    until(lambda: partials(tmp_path))
+    program = child("read(files[0])", server.url, tmp_path, [slow])
+    wait_until(lambda: partials(tmp_path), program)
     assert arrives(cache_of(server.url, tmp_path), other)
     assert len(partials(tmp_path)) == 1
     server.held.set()
-    ended_well(process)
+    ended_well(program)
     assert kept(tmp_path) == {slow.sha256, other.sha256}
     assert server.asked == {"/set/slow": 1, "/set/other": 1}
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_forked_children_and_their_parent_go_on_reading(scheme: str, tmp_path: Path, server: Server, s3: s3fs.S3FileSystem) -> None:
+def test_forked_children_and_their_parent_go_on_reading(
+    scheme: str, tmp_path: Path, server: Server, s3: s3fs.S3FileSystem
+) -> None:
     """As the workers of a DataLoader are forked, in the middle of their parent's prefetching."""
     files = [server.add(f"{number}") for number in range(12)]
     url = {"http": server.url, "s3": "s3://bucket/fork"}[scheme]
@@ -388,20 +486,26 @@ read(files[11])
 
 def test_a_lock_is_freed_though_a_forked_child_has_it_too(tmp_path: Path, server: Server) -> None:
     file = server.add("a")
-    server.fault = lambda: "slow"
-    code = """
+    server.fault = lambda: "hold"
+    code = f"""
 cache.prefetch(files)
 while not list(Path(folder).glob("*/*.partial")):
     time.sleep(0.001)
-worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=({MAX_SECONDS},))
 worker.start()
+Path({str(tmp_path / "forked")!r}).touch()
 read(files[0])  # waits for the prefetching thread, which is of this process only
 worker.kill()
 """
-    ended_well(child(code, server.url, tmp_path, [file]))
+    program = child(code, server.url, tmp_path / "cache", [file])
+    wait_until((tmp_path / "forked").exists, program)
+    server.held.set()
+    ended_well(program)
 
 
-def test_the_least_recently_used_are_evicted_under_the_limit(tmp_path: Path, server: Server) -> None:
+def test_the_least_recently_used_are_evicted_under_the_limit(
+    tmp_path: Path, server: Server
+) -> None:
     files = [server.add(str(number)) for number in range(6)]
     hashes = [file.sha256 for file in files]
     (tmp_path / "mine").mkdir()
@@ -441,7 +545,9 @@ def test_what_is_mapped_outlives_its_eviction(tmp_path: Path, server: Server) ->
 
 
 def test_a_file_larger_than_the_limit_is_refused(tmp_path: Path, server: Server) -> None:
-    with pytest.raises(UserError, match=rf"/a has {SIZE} bytes, and the cache may hold {SIZE - 1}: raise its limit"):
+    with pytest.raises(
+        UserError, match=rf"/a has {SIZE} bytes, and the cache may hold {SIZE - 1}: raise its limit"
+    ):
         cache_of(server.url, tmp_path, SIZE - 1).open(server.add("a"))
     assert not server.asked
 
@@ -493,7 +599,7 @@ def test_what_is_prefetched_need_not_be_waited_for(tmp_path: Path, server: Serve
     files = [server.add(str(number)) for number in range(4)]
     cache = cache_of(server.url, tmp_path)
     cache.prefetch(files)
-    until(lambda: len(kept(tmp_path)) == 4)
+    wait_until(lambda: len(kept(tmp_path)) == 4)
     assert list(server.asked) == [f"/set/{number}" for number in range(4)]  # in this order
     assert all(arrives(cache, file) for file in files)
     assert server.asked.total() == 4
@@ -504,40 +610,44 @@ def test_prefetching_leaves_out_what_fails(tmp_path: Path, server: Server) -> No
     del server.contents["/set/1"]
     cache = cache_of(server.url, tmp_path)
     cache.prefetch(files)
-    until(lambda: files[3].sha256 in kept(tmp_path))
+    wait_until(lambda: files[3].sha256 in kept(tmp_path))
     assert kept(tmp_path) == {files[number].sha256 for number in (0, 2, 3)}
     with pytest.raises(UserError, match="/1: FileNotFoundError"):
         cache.open(files[1])
 
 
-def test_prefetching_evicts_what_is_old_and_nothing_that_is_needed_now(tmp_path: Path, server: Server) -> None:
+def test_prefetching_evicts_what_is_old_and_nothing_that_is_needed_now(
+    tmp_path: Path, server: Server
+) -> None:
     old, needed, *wanted = (server.add(str(number)) for number in range(7))
     cache = cache_of(server.url, tmp_path, 4 * SIZE)
     for file in (needed, old, wanted[0]):
         assert arrives(cache, file)
     server.fault = lambda: "hold"
-    cache.prefetch([needed, *wanted])  # four of which fit: what is needed, what is there and two more
-    until(lambda: server.asked["/set/3"])
+    cache.prefetch(
+        [needed, *wanted]
+    )  # four of which fit: what is needed, what is there and two more
+    wait_until(lambda: server.asked["/set/3"])
     assert arrives(cache_of(server.url, tmp_path, 4 * SIZE), wanted[0])
     server.held.set()
-    until(lambda: wanted[2].sha256 in kept(tmp_path))
+    wait_until(lambda: wanted[2].sha256 in kept(tmp_path))
     assert kept(tmp_path) == {file.sha256 for file in (needed, *wanted[:3])}
     cache.prefetch([old, needed, *wanted[:2]])  # the eldest is now what nobody wants
-    until(lambda: old.sha256 in kept(tmp_path))
+    wait_until(lambda: old.sha256 in kept(tmp_path))
     assert kept(tmp_path) == {file.sha256 for file in (old, needed, *wanted[:2])}
 
 
 def test_prefetching_spares_what_others_use(tmp_path: Path, server: Server) -> None:
+    background = set(threading.enumerate())
     used, *wanted = (server.add(str(number)) for number in range(3))
     cache = cache_of(server.url, tmp_path, 2 * SIZE)
     assert arrives(cache, used)
     server.fault = lambda: "hold"
     cache.prefetch(wanted)
-    until(lambda: server.asked["/set/1"])
+    wait_until(lambda: server.asked["/set/1"])
     assert arrives(cache_of(server.url, tmp_path, 2 * SIZE), used)  # by another, after the call
     server.held.set()
-    until(lambda: wanted[0].sha256 in kept(tmp_path))
-    time.sleep(0.3)
+    until_idle(background)
     assert kept(tmp_path) == {used.sha256, wanted[0].sha256}
     assert not server.asked["/set/2"]
 
@@ -547,24 +657,25 @@ def test_prefetching_prefers_what_is_needed_first(tmp_path: Path, server: Server
     cache = cache_of(server.url, tmp_path, 2 * SIZE)
     assert arrives(cache, files[2]) and arrives(cache, files[3])
     cache.prefetch(files)
-    until(lambda: files[1].sha256 in kept(tmp_path))
+    wait_until(lambda: files[1].sha256 in kept(tmp_path))
     assert kept(tmp_path) == {files[0].sha256, files[1].sha256}
 
 
 @pytest.mark.parametrize("end", ["stop", "prefetch"])
 def test_a_newer_wish_replaces_the_older(tmp_path: Path, server: Server, end: str) -> None:
+    background = set(threading.enumerate())
     files = [server.add(str(number)) for number in range(3)]
     server.fault = lambda: "hold"
     cache = cache_of(server.url, tmp_path)
     cache.prefetch(files[:2])
-    until(lambda: server.asked["/set/0"])
+    wait_until(lambda: server.asked["/set/0"])
     if end == "stop":
         cache.stop_prefetching()
         server.held.set()
-        until(lambda: files[0].sha256 in kept(tmp_path))
+        wait_until(lambda: files[0].sha256 in kept(tmp_path))
     else:
         cache.prefetch(files[2:])
         server.held.set()
-        until(lambda: {files[0].sha256, files[2].sha256} <= kept(tmp_path))
-    time.sleep(0.1)
+        wait_until(lambda: {files[0].sha256, files[2].sha256} <= kept(tmp_path))
+    until_idle(background)
     assert not server.asked["/set/1"]

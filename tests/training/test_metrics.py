@@ -1,8 +1,6 @@
 """What is written of a run: by its latest start alone, and with an error where it cannot be written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from kantai.checkpoint.store import CheckpointStore
 from kantai.errors import UserError
 from kantai.training.metrics import Metrics
-from tests.helpers.commands import ENVIRONMENT, ROOT
+from tests.helpers.commands import run_python
 
 
 def a_start(run: Path) -> CheckpointStore:
@@ -19,7 +17,9 @@ def a_start(run: Path) -> CheckpointStore:
     return store
 
 
-def test_a_start_that_was_taken_over_before_it_opened_the_record_leaves_it_alone(tmp_path: Path) -> None:
+def test_a_start_that_was_taken_over_before_it_opened_the_record_leaves_it_alone(
+    tmp_path: Path,
+) -> None:
     """As one does that had long to load its checkpoint."""
     stale, latest = a_start(tmp_path), a_start(tmp_path)
     metrics = Metrics(tmp_path, latest, 1, 0.0)
@@ -30,15 +30,23 @@ def test_a_start_that_was_taken_over_before_it_opened_the_record_leaves_it_alone
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     metrics.log(2, {"train/loss": 6.0})
     metrics.finish()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2]
 
 
 def test_last_values_are_those_that_were_remembered_when_they_came(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, a_start(tmp_path), 1, 0.0)
-    for step, (loss, skipped) in enumerate([(7.0, 0.0), (999.0, 1.0), (float("nan"), 1.0), (6.0, 0.0), (5.0, 0.0)], 1):
+    for step, (loss, skipped) in enumerate(
+        [(7.0, 0.0), (999.0, 1.0), (float("nan"), 1.0), (6.0, 0.0), (5.0, 0.0)], 1
+    ):
         metrics.log(step, {"train/loss": loss, "train/skipped": skipped})
     metrics.finish()
-    assert metrics.last("train/loss", 2) == [6.0, 5.0] and metrics.last("train/loss", 9) == [7.0, 6.0, 5.0]
+    assert metrics.last("train/loss", 2) == [6.0, 5.0] and metrics.last("train/loss", 9) == [
+        7.0,
+        6.0,
+        5.0,
+    ]
 
 
 @pytest.mark.parametrize("what", ["metrics", "TensorBoard"])
@@ -60,13 +68,5 @@ for step in range(1, 1000):
     else:
         metrics.log_text(step, "fill_mask", "x" * 1000)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 1 and "File too large" in done.stderr, done

@@ -145,14 +145,14 @@ def exploding_loss() -> None:
 
 def endless_save() -> None:
     """A rank's part of the first checkpoint is written, and the checkpoint is not made of it."""
-    real = Snapshot.write
+    real = Snapshot.save
 
     def waiting(self: Snapshot, folder: Path) -> Any:
         real(self, folder)
         while True:
             time.sleep(1)
 
-    Snapshot.write = waiting  # type: ignore[method-assign]
+    Snapshot.save = waiting  # type: ignore[method-assign]
 
 
 def hanging_rank() -> None:

@@ -1,6 +1,7 @@
-"""Held-out loss over the seconds spent in steps, of some runs, as a picture.
+"""Draw the held-out loss of runs over the minutes that they spent in steps.
 
-python benchmarks/curves.py docs/curves.svg 'the tutorial=runs/tutorial/run' 'kantai-fast=runs/kantai-fast/run'
+python benchmarks/curves.py docs/curves.svg 'the tutorial=runs/tutorial/run' \\
+    'kantai-fast=runs/kantai-fast/run'
 
 Needs matplotlib, which nothing else here does: pip install matplotlib
 """
@@ -25,24 +26,27 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for label, _, run in (each.rpartition("=") for each in arguments.runs):
         minutes, losses, entropy = curve(Path(run))
-        axes.plot(
-            minutes, losses, label=f"{label}: {losses[-1]:.2f} after {minutes[-1]:.0f} minutes"
-        )
-    axes.axhline(entropy, color="grey", linestyle="dashed", label=f"unigram entropy: {entropy:.2f}")
+        last = f"{label}: {losses[-1]:.2f} after {minutes[-1]:.0f} minutes"
+        axes.plot(minutes, losses, label=last)
+    baseline = f"unigram entropy: {entropy:.2f}"
+    axes.axhline(entropy, color="grey", linestyle="dashed", label=baseline)
     axes.set(xlabel="minutes of training", ylabel="held-out loss, nats a masked token")
     axes.legend()
-    figure.savefig(
-        arguments.output, metadata={"Date": None} if arguments.output.suffix == ".svg" else None
-    )
+    # The date would make every SVG differ.
+    metadata = {"Date": None} if arguments.output.suffix == ".svg" else None
+    figure.savefig(arguments.output, metadata=metadata)
 
 
 def curve(run: Path) -> tuple[list[float], list[float], float]:
-    """Minutes spent in steps until each evaluation, its loss, and the unigram entropy of what is held out."""
-    spent, minutes, losses, entropy = 0.0, [], [], 0.0
+    """Minutes in steps up to each evaluation, its loss, and the unigram entropy."""
+    seconds = 0.0
+    minutes = []
+    losses = []
+    entropy = 0.0
     for record in read_metrics(run / "metrics.jsonl"):
-        spent += record.get("speed/step_seconds", 0.0)
+        seconds += record.get("speed/step_seconds", 0.0)
         if "held_out/loss" in record:
-            minutes.append(spent / 60)
+            minutes.append(seconds / 60)
             losses.append(record["held_out/loss"])
             entropy = record["held_out/unigram_entropy"]
     return minutes, losses, entropy

@@ -1,186 +1,170 @@
-"""Is packing ``isolated`` exact on this machine, and how fast is it? Made-up documents, a model of random weights, no files.
+"""Check that packing ``isolated`` is exact on this machine, and measure how fast it is.
 
 python benchmarks/isolated.py
 
-The logits of documents that share rows, and the gradient of the whole batch, are compared with those of each document alone in fp32.
-In bf16 they may differ by twice what each document alone in bf16 differs by. Exit code 1 where they differ by more.
+Documents are made up and weights are random; no file is read. Logits and gradient of documents
+that share rows are compared with those of each document alone. In fp32 they may differ by rounding.
+In bf16 they may differ twice as much as a lone document in bf16 differs from fp32. The exit code is
+1 if they differ by more.
 """
 
 import argparse
 import itertools
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from timing import calls_per_second
 from torch import Tensor
 from transformers import RobertaConfig
 
 from kantai.config.batch_plan import BatchPlan
-from kantai.data.batches import Batches, Stage
+from kantai.data.batches import Batch, Batches, Stage
 from kantai.data.loader import MicroBatch
-from kantai.data.masking import IGNORED_LABEL, Masker
+from kantai.data.masking import Masker
 from kantai.data.packing import Contiguous
 from kantai.data.shards import Shard, Split
 from kantai.data.shuffle import Sequential
 from kantai.model.attention import ATTENTION
 from kantai.model.roberta import MaskedRoberta
 
-BOS, PAD, EOS, MASK = 0, 1, 2, 4
+BOS, PAD, EOS, UNK, MASK = range(5)
+SPECIAL_IDS = (BOS, PAD, EOS, UNK, MASK)
+VOCAB_SIZE = 8192
+HEAD_SIZE = 64
+CHECKED_ROWS = 3
 FP32_TOLERANCE = 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Found = tuple[Tensor, Tensor]  # logits [tokens, vocabulary], gradient of all parameters
+ON_GPU = DEVICE.type == "cuda"
+Result = tuple[Tensor, Tensor]  # logits [tokens, vocabulary], gradient of all parameters
+Inputs = dict[str, Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=32 if DEVICE.type == "cuda" else 4,
-        help="of a batch that is timed",
-    )
-    parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument(
-        "--mean_document", type=int, default=150, help="mean length of a document, in tokens"
-    )
-    parser.add_argument("--layers", type=int, default=12 if DEVICE.type == "cuda" else 2)
-    parser.add_argument(
-        "--hidden_size",
-        type=int,
-        default=768 if DEVICE.type == "cuda" else 256,
-        help="of heads of 64",
-    )
-    parser.add_argument("--seconds", type=float, default=5.0, help="that each way is timed")
+    add = partial(parser.add_argument, type=int)
+    add("--rows", default=32 if ON_GPU else 4, help="rows of the batch that is timed")
+    add("--seq_len", default=512, help="tokens of a row")
+    add("--mean_document", default=150, help="mean length of a document, in tokens")
+    add("--layers", default=12 if ON_GPU else 2, help="layers of the model")
+    add("--hidden_size", default=768 if ON_GPU else 256, help="width, in heads of 64")
+    add("--seconds", type=float, default=5.0, help="time for which each way is measured")
     arguments = parser.parse_args()
-    name = (
-        torch.cuda.get_device_name()
-        if DEVICE.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(f"{name}; torch {torch.__version__}; {arguments}")
-    torch.manual_seed(0)
-    model = MaskedRoberta(
-        RobertaConfig(
-            vocab_size=8192,
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.hidden_size // 64,
-            intermediate_size=4 * arguments.hidden_size,
-            max_position_embeddings=arguments.seq_len + 2,
-            type_vocab_size=1,
-            initializer_range=0.06,  # so that attention and positions show in the logits
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,  # the variable-length kernel has none: training with it takes the mask
-            attn_implementation=ATTENTION,
-        )
-    ).to(DEVICE)
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {threads} threads"
+    print(f"{device}; torch {torch.__version__}; {arguments}")
 
-    def inputs(rows: int, isolated: bool) -> dict[str, Tensor]:
-        return batch_inputs(rows, arguments.seq_len, arguments.mean_document, isolated)
-
-    exact = check(model, inputs(3, True))
-    measure(model, inputs, arguments.rows, arguments.seconds)
+    model = random_model(arguments.layers, arguments.hidden_size, arguments.seq_len)
+    batch = partial(made_up_batch, arguments.seq_len, arguments.mean_document)
+    is_exact = check(model, batch(CHECKED_ROWS))
+    measure(model, batch(arguments.rows), arguments.seconds)
     if not has_varlen(model):
-        print("\nNOT RUN: variable-length attention, which does not apply on this device")
-    sys.exit(0 if exact else 1)
+        print("\nNOT RUN: variable-length attention, which this device does not have")
+    sys.exit(0 if is_exact else 1)
 
 
-def batch_inputs(rows: int, seq_len: int, mean_document: int, isolated: bool) -> dict[str, Tensor]:
-    """The model's arguments for rows cut from made-up documents of geometrically distributed lengths; the same ones every time."""
+def random_model(layers: int, hidden_size: int, seq_len: int) -> MaskedRoberta:
+    """A model of random weights, without dropout."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // HEAD_SIZE,
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=seq_len + 2,
+        type_vocab_size=1,
+        initializer_range=0.06,  # so that attention and positions show in the logits
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,  # the variable-length kernel has no dropout
+        attn_implementation=ATTENTION,
+    )
+    return MaskedRoberta(config).to(DEVICE)
+
+
+def made_up_batch(seq_len: int, mean_document: int, rows: int) -> Batch:
+    """Rows cut from documents of geometrically distributed lengths, the same at every call."""
     generator = np.random.default_rng(0)
-    stream = generator.integers(5, 8192, rows * (seq_len - 1))
-    stream[generator.random(len(stream)) < 1 / mean_document] = EOS
-    masker = Masker(0.15, 0.8, 0.1, 8192, MASK, (BOS, PAD, EOS, 3, MASK), seed=0)
-    shards = Split(
-        [{"file": "", "documents": 1, "tokens": len(stream)}],
-        lambda _: Shard(stream, np.array([0, len(stream)], np.int32)),
-    )
-    stage = Stage(
-        0, 0, BatchPlan(rows, rows, 1), Contiguous(shards, seq_len, BOS, PAD), Sequential(rows)
-    )
-    batches = Batches([stage], masker, PAD, EOS if isolated else None)
-    return MicroBatch(batches.micro_batch(0, 0, 0)).on(DEVICE)
+    tokens = generator.integers(len(SPECIAL_IDS), VOCAB_SIZE, rows * (seq_len - 1))
+    tokens[generator.random(len(tokens)) < 1 / mean_document] = EOS
+    entry = {"file": "", "documents": 1, "tokens": len(tokens)}
+    shard = Shard(tokens, np.array([0, len(tokens)], np.int32))
+    sequences = Contiguous(Split([entry], lambda _: shard), seq_len, BOS, PAD)
+    stage = Stage(0, 0, BatchPlan(rows, rows, 1), sequences, Sequential(rows))
+    masker = Masker(0.15, 0.8, 0.1, VOCAB_SIZE, MASK, SPECIAL_IDS, seed=0)
+    return Batches([stage], masker, PAD, EOS).micro_batch(0, 0, 0)
 
 
-def check(model: MaskedRoberta, given: dict[str, Tensor]) -> bool:
-    """Print how far each way is from every document alone; returns whether all is as exact as it should be."""
-    documents = len(given["document_starts"].unique()) - 1
-    print(
-        f"\n3 rows, {documents} documents: largest difference of a logit, relative one of the gradient"
-    )
+def both_inputs(batch: Batch) -> tuple[Inputs, Inputs]:
+    """A batch as the model's arguments: contiguous and isolated."""
+    isolated = MicroBatch(batch).on(DEVICE)
+    contiguous = {name: value for name, value in isolated.items() if name != "document_starts"}
+    return contiguous, isolated
+
+
+def check(model: MaskedRoberta, batch: Batch) -> bool:
+    """Print how far each way is from every document alone. Returns whether all are exact enough."""
+    contiguous, isolated = both_inputs(batch)
+    labels = torch.from_numpy(batch.labels_by_position()).to(DEVICE)
+    starts = isolated["document_starts"].unique().tolist()
+    print(f"\n{CHECKED_ROWS} rows, {len(starts) - 1} documents: largest difference of a logit,")
+    print("difference of the gradient over its size")
+
     model.set_attn_implementation("sdpa")
-    expected = alone(model, given, bf16=False)
-    whole = {key: value for key, value in given.items() if key != "document_starts"}
-    report("contiguous, fp32: not to be exact", in_rows(model, whole, bf16=False), expected)
-    exact = (
-        max(report("isolated, mask, fp32", in_rows(model, given, bf16=False), expected))
-        <= FP32_TOLERANCE
-    )
-    allowed = [
-        2 * difference
-        for difference in report("each alone, bf16", alone(model, given, bf16=True), expected)
-    ]
-    found = [report("isolated, mask, bf16", in_rows(model, given, bf16=True), expected)]
+    expected = alone(model, isolated, labels, bf16=False)
+    report("contiguous, fp32: not to be exact", together(model, contiguous, bf16=False), expected)
+    in_fp32 = report("isolated, mask, fp32", together(model, isolated, bf16=False), expected)
+    one_by_one = report("each alone, bf16", alone(model, isolated, labels, bf16=True), expected)
+    in_bf16 = [report("isolated, mask, bf16", together(model, isolated, bf16=True), expected)]
     if has_varlen(model):
         model.set_attn_implementation(ATTENTION)
-        found.append(report("isolated, varlen, bf16", in_rows(model, given, bf16=True), expected))
-    exact &= all(
-        difference <= most
-        for differences in found
-        for difference, most in zip(differences, allowed, strict=True)
+        found = together(model, isolated, bf16=True)
+        in_bf16.append(report("isolated, varlen, bf16", found, expected))
+
+    is_exact = max(in_fp32) <= FP32_TOLERANCE and all(
+        difference <= 2 * allowed
+        for differences in in_bf16
+        for difference, allowed in zip(differences, one_by_one, strict=True)
     )
-    print("exact" if exact else "NOT EXACT")
-    return exact
+    print("exact" if is_exact else "NOT EXACT")
+    return is_exact
 
 
-def alone(model: MaskedRoberta, given: dict[str, Tensor], bf16: bool) -> Found:
+def alone(model: MaskedRoberta, isolated: Inputs, labels: Tensor, *, bf16: bool) -> Result:
     """Logits and gradient from each document as the only row of a batch, by the stock forward."""
-    labels = torch.full_like(given["input_ids"], IGNORED_LABEL)
-    for row, positions, answers in zip(
-        labels, given["masked_positions"], given["labels"], strict=True
-    ):
-        row[positions[answers != IGNORED_LABEL]] = answers[answers != IGNORED_LABEL]
     model.zero_grad()
+    ids = isolated["input_ids"].flatten()
     found = []
-    for start, stop in itertools.pairwise(given["document_starts"].unique().tolist()):
-        logits = (
-            forward(model, {"input_ids": given["input_ids"].flatten()[None, start:stop]}, bf16)
-            .logits[0]
-            .float()
-        )
-        torch.nn.functional.cross_entropy(
-            logits, labels.flatten()[start:stop], reduction="sum"
-        ).backward()
+    for start, stop in itertools.pairwise(isolated["document_starts"].unique().tolist()):
+        logits = forward(model, {"input_ids": ids[None, start:stop]}, bf16).logits[0].float()
+        of_document = labels.flatten()[start:stop]
+        torch.nn.functional.cross_entropy(logits, of_document, reduction="sum").backward()
         found.append(logits.detach())
     return torch.cat(found), gradient(model)
 
 
-def in_rows(model: MaskedRoberta, given: dict[str, Tensor], bf16: bool) -> Found:
+def together(model: MaskedRoberta, inputs: Inputs, *, bf16: bool) -> Result:
     """Logits and gradient from all rows at once, as in training."""
     model.zero_grad()
-    forward(model, given, bf16)[0].backward()
+    forward(model, inputs, bf16)[0].backward()
+    names = inputs.keys() & {"input_ids", "document_starts"}
     with torch.no_grad():
-        logits = forward(
-            model,
-            {key: given[key] for key in ("input_ids", "document_starts") if key in given},
-            bf16,
-        ).logits
+        logits = forward(model, {name: inputs[name] for name in names}, bf16).logits
     return logits.flatten(0, 1).float(), gradient(model)
 
 
-def forward(model: MaskedRoberta, given: dict[str, Tensor], bf16: bool) -> Any:
-    """The model's answer in the arithmetic of ``training.precision``."""
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-        return model(**given)
+def forward(model: MaskedRoberta, inputs: Inputs, bf16: bool) -> Any:
+    """What the model returns, with matrix products in bf16 or fp32."""
+    model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    return model(**inputs)
 
 
 def has_varlen(model: MaskedRoberta) -> bool:
-    """Whether variable-length attention is what the model would take here in bf16."""
+    """Whether the model would take variable-length attention in bf16 on this device."""
     chosen = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -191,44 +175,37 @@ def has_varlen(model: MaskedRoberta) -> bool:
 
 def gradient(model: MaskedRoberta) -> Tensor:
     """All parameters' gradients in one vector."""
-    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    gradients = (parameter.grad for parameter in model.parameters())
+    return torch.cat([grad.flatten().double() for grad in gradients if grad is not None])
 
 
-def report(name: str, found: Found, expected: Found) -> tuple[float, float]:
-    """Print and return the largest difference of a logit, and the gradient's difference over its size."""
+def report(name: str, found: Result, expected: Result) -> tuple[float, float]:
+    """Print and return the largest difference of a logit, and the gradient's over its size."""
     logit = float((found[0] - expected[0]).abs().max())
     relative = float((found[1] - expected[1]).norm() / expected[1].norm())
     print(f"  {name:36s} {logit:9.2e} {relative:9.2e}")
     return logit, relative
 
 
-def measure(
-    model: MaskedRoberta,
-    inputs: Callable[[int, bool], dict[str, Tensor]],
-    rows: int,
-    seconds: float,
-) -> None:
-    """Print tokens a second of forward and backward together."""
-    on_gpu = DEVICE.type == "cuda"
-    print(f"\n{rows} rows, {'bf16' if on_gpu else 'fp32'}, forward and backward: tokens a second")
-    ways = [
-        ("contiguous", False, "sdpa"),
-        ("isolated, mask", True, "sdpa"),
-        ("isolated, varlen", True, ATTENTION),
-    ]
-    for name, isolated, attention in ways if has_varlen(model) else ways[:-1]:
+def measure(model: MaskedRoberta, batch: Batch, seconds: float) -> None:
+    """Print the tokens a second of forward and backward together."""
+    rows = len(batch.input_ids)
+    print(f"\n{rows} rows, {'bf16' if ON_GPU else 'fp32'}, forward and backward: tokens a second")
+    contiguous, isolated = both_inputs(batch)
+    ways = [("contiguous", contiguous, "sdpa"), ("isolated, mask", isolated, "sdpa")]
+    if has_varlen(model):
+        ways.append(("isolated, varlen", isolated, ATTENTION))
+    for name, inputs, attention in ways:
         model.set_attn_implementation(attention)
-        given = inputs(rows, isolated)
-        steps, start = -3, 0.0  # three to warm up
-        while steps < 1 or time.perf_counter() < start + seconds:
-            forward(model, given, bf16=on_gpu)[0].backward()
-            if on_gpu:
-                torch.cuda.synchronize()
-            steps += 1
-            start = time.perf_counter() if steps == 0 else start
-        print(
-            f"  {name:36s} {steps * given['input_ids'].numel() / (time.perf_counter() - start):11,.0f}"
-        )
+        rate = calls_per_second(partial(train_once, model, inputs), seconds, warm_up=3)
+        print(f"  {name:36s} {rate * batch.input_ids.size:11,.0f}")
+
+
+def train_once(model: MaskedRoberta, inputs: Inputs) -> None:
+    """One forward and backward pass, to its end."""
+    forward(model, inputs, bf16=ON_GPU)[0].backward()
+    if ON_GPU:
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kantai.config.batch_plan import BatchPlan
-from kantai.data.masking import MaskedRows
+from kantai.data.masking import IGNORED_LABEL, MaskedRows
 from kantai.data.packing import Sequences
 from kantai.data.rng import Bools, Int32s, Int64s
 from kantai.data.shuffle import NO_SAMPLE, Order
@@ -26,6 +26,13 @@ class Batch:
     document_starts: Int32s | None  # see :func:`document_starts`; None: rows are not divided
     tokens: int  # without padding and empty rows
     attended_pairs: int  # pairs of those tokens that attend to each other
+
+    def labels_by_position(self) -> Int64s:
+        """Labels at the tokens' positions, [rows, length]; ``IGNORED_LABEL`` where unmasked."""
+        labels = np.full(self.input_ids.shape, IGNORED_LABEL, np.int64)
+        rows, slots = np.nonzero(self.labels != IGNORED_LABEL)
+        labels[rows, self.masked_positions[rows, slots]] = self.labels[rows, slots]
+        return labels
 
 
 @dataclass(frozen=True)

@@ -147,10 +147,7 @@ def hash_step(digest: Any, dealt: Iterable[Batch], global_batch_size: int, pad_i
 
 def _rows(batch: Batch, pad_id: int) -> Iterator[tuple[Int64s, Int64s]]:
     """Ids of each row without padding, and labels at the ids' positions."""
-    labels = np.full(batch.input_ids.shape, IGNORED_LABEL, np.int64)
-    rows, slots = np.nonzero(batch.labels != IGNORED_LABEL)
-    labels[rows, batch.masked_positions[rows, slots]] = batch.labels[rows, slots]
-    for ids, of_row in zip(batch.input_ids, labels, strict=True):
+    for ids, of_row in zip(batch.input_ids, batch.labels_by_position(), strict=True):
         length = len(ids) - int((ids[::-1] != pad_id).argmax())
         yield ids[:length], of_row[:length]
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 PROGRAMS = sorted(
     path.name
     for path in (ROOT / "benchmarks").glob("*.py")
-    if path.stem not in ("curves", "programs")
+    if path.stem not in ("curves", "programs", "timing")
 )
 HELP = """
 import runpy, sys

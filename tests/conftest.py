@@ -116,13 +116,20 @@ def make_shards(
     return target
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: else one core waits for them at the end."""
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
+    """Mark what is in tests/integration, and have the longest files run first.
+
+    Else one core would wait for them at the end.
+    """
+    for item in items:
+        if item.path.parent.name == "integration":
+            item.add_marker(pytest.mark.slow)
+        if item.path.name == "test_slurm.py":
+            item.add_marker(pytest.mark.slurm)
+    last = len(LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, last))
 
 
 def pytest_runtest_setup() -> None:

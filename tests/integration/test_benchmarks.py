@@ -2,11 +2,7 @@
 
 import sys
 
-import pytest
-
 from tests.helpers.commands import ROOT, run_program
-
-pytestmark = pytest.mark.slow
 
 # curves.py needs matplotlib, which nothing else here does.
 PROGRAMS = sorted(

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tests.helpers.commands import metrics, script
+from tests.helpers.commands import script
+from tests.helpers.runs import metrics
 
 
 def test_nothing_is_lost_in_a_chaos_of_kills_and_corruptions(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from kantai.checkpoint.store import CheckpointStore
 from kantai.config.loading import load_config
 from kantai.errors import UserError
 from kantai.training.conversion import convert_run
-from tests.helpers.commands import metrics, script
+from tests.helpers.commands import script
+from tests.helpers.runs import metrics
 
 
 @pytest.fixture

@@ -1,1 +1,3 @@
-"""Tests, a folder for each of the package's; ``integration/`` starts launchers, clusters and kills, ``helpers/`` is what several share."""
+"""Tests, a folder for each of the package's; ``integration/`` starts launchers, clusters and kills,
+``helpers/`` is what several share.
+"""

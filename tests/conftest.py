@@ -1,4 +1,5 @@
-"""What several test files need: a small text, a tokenizer and shards, made once a session by the real functions.
+"""What several test files need: a small text, a tokenizer and shards, made once a session by the
+real functions.
 
 The folders are shared: a test that wants to damage one copies it first.
 """
@@ -24,8 +25,9 @@ from tests.helpers import commands
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none shall pass or fail by it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The same examples every time, so that a failure is a change's and not chance's, and no deadline: how long one takes says how busy the machine is.
-# pytest --hypothesis-profile=exploring looks at others.
+# The same examples every time, so that a failure is a change's and not chance's, and no deadline:
+# how long one takes says how busy the machine is. pytest --hypothesis-profile=exploring looks at
+# others.
 settings.register_profile(
     "same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -55,7 +57,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 2,000 paragraphs of English: the beginning of the language reference that every Python carries."""
+    """About 2,000 paragraphs of English: the beginning of the language reference that every Python
+    carries.
+    """
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     path.write_text(text[:CORPUS_CHARACTERS] + "\n", encoding="utf-8")

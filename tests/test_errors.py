@@ -30,7 +30,8 @@ run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path(
         ("UserError('two\\nlines')", "error: two lines\n"),
         # What safetensors raises on a full disk.
         (
-            "__import__('safetensors').SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')",
+            "__import__('safetensors').SafetensorError('Error while serializing: I/O error: No "
+            "space left on device (os error 28)')",
             "error: no space left on the device: free some and run the same command again\n",
         ),
         (
@@ -45,13 +46,15 @@ run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path(
 )
 def test_commands_fail_in_one_line(raised: str, message: str) -> None:
     ran = run_python(
-        f"from kantai.errors import UserError, run_command\ndef main():\n    raise {raised}\nrun_command(main)"
+        "from kantai.errors import UserError, run_command\ndef main():\n    raise "
+        f"{raised}\nrun_command(main)"
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", message)
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input() -> None:
     ran = run_python(
-        "from kantai.errors import run_command\ndef main():\n    raise RuntimeError('a bug')\nrun_command(main)"
+        "from kantai.errors import run_command\ndef main():\n    raise RuntimeError('a "
+        "bug')\nrun_command(main)"
     )
     assert ran.returncode == 1 and "Traceback" in ran.stderr and "RuntimeError: a bug" in ran.stderr

@@ -23,7 +23,9 @@ TORCH_FREE = ("errors", "config", "storage", "cluster", "preprocessing")
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, wherever in it; ``from a import b`` counts as ``a`` and ``a.b``."""
+    """Dotted names of everything a file imports, wherever in it; ``from a import b`` counts as
+    ``a`` and ``a.b``.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -107,7 +109,9 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
 
 
 def test_looking_at_a_run_needs_no_torch() -> None:
-    """``pretrain.py --check`` and every complaint about bad input come before the seconds that torch takes."""
+    """``pretrain.py --check`` and every complaint about bad input come before the seconds that
+    torch takes.
+    """
     code = "import sys, kantai.training.run_dir; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -112,7 +112,9 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> N
 
 
 def test_what_killed_processes_left_is_harmless_and_goes(tmp_path: Path) -> None:
-    """A kill within prune or within a save leaves folders in that start's own; the next start removes them."""
+    """A kill within prune or within a save leaves folders in that start's own; the next start
+    removes them.
+    """
     killed = make_checkpoints(tmp_path, 1, 2, 3)
     (killed.begin(4) / "state").write_text("half")
     (attempt,) = killed.folder.glob(".attempt-*")

@@ -1,4 +1,6 @@
-"""A config is what its file and arguments say, or one line says what is wrong with it; a run keeps the one it began with."""
+"""A config is what its file and arguments say, or one line says what is wrong with it; a run keeps
+the one it began with.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,8 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             "--batch.micro_batchsize=3",
-            "unknown key 'batch.micro_batchsize'; the nearest known one is 'batch.micro_batch_size'",
+            "unknown key 'batch.micro_batchsize'; the nearest known one is "
+            "'batch.micro_batch_size'",
         ),
         (
             "--learning_rate=1",

@@ -154,7 +154,9 @@ def test_an_epoch_shows_every_sequence_once(shards_dir: Path, tokenizer_dir: Pat
 
 
 def test_a_rank_reads_from_few_shards_of_a_window() -> None:
-    """Rows are dealt in the order of their samples: two ranks read from half of the shards each, and one more."""
+    """Rows are dealt in the order of their samples: two ranks read from half of the shards each,
+    and one more.
+    """
     sequences = Contiguous(streams(*(np.arange(100, 1000) for _ in range(16))), 10, BOS, PAD)
     batches = batches_of(
         sequences, Shuffled(sequences.samples_per_shard, 16, 0), masker(), BatchPlan(160, 8, 2)

@@ -33,8 +33,8 @@ def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> Non
     train = open_shards(many_shards_dir).splits["train"]
     said = printed("--shards", many_shards_dir, "--tokenizer", tokenizer_dir)
     assert (
-        f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} shards"
-        in said
+        f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} "
+        "shards" in said
     )
     longest = max(int(shard.lengths.max()) for shard in train)
     assert (

@@ -1,4 +1,6 @@
-"""The masks are RoBERTa's, measured against transformers' own collator, and a pure function of (seed, epoch, sample)."""
+"""The masks are RoBERTa's, measured against transformers' own collator, and a pure function of
+(seed, epoch, sample).
+"""
 
 import dataclasses
 import hashlib
@@ -112,7 +114,8 @@ def test_words_by_hand() -> None:
     words = [(1, 2, 3), (5,), (6, 7, 8, 9), (10, 11)]
     masked = mask(Masker(0.5, 1.0, 0.0, VOCAB_SIZE, MASK, SPECIAL, 0, "word", toy_words()), rows)
     found = {tuple(np.flatnonzero(ids == MASK).tolist()) for ids in masked.input_ids}
-    # Of ten tokens five: four words in any order, as many as fit, with or without the one that does not.
+    # Of ten tokens five: four words in any order, as many as fit, with or without the one that does
+    # not.
     expected = set()
     for order in permutations(words):
         ends = list(accumulate(map(len, order)))
@@ -277,7 +280,8 @@ def test_spans_are_geometric_in_words_and_replaced_as_a_whole() -> None:
         masked.masked_positions, masked.labels, masked.input_ids, strict=True
     ):
         positions = slots[labels != IGNORED_LABEL]
-        # In slots, a span is a run of positions. One in a hundred is two: spans that are neighbours in the row and by chance in the order.
+        # In slots, a span is a run of positions. One in a hundred is two: spans that are neighbours
+        # in the row and by chance in the order.
         spans = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
         lengths += [len(span) for span in spans[:-1]]  # the last is cut short
         mixed += sum(len(set(ids[span] == MASK)) > 1 for span in spans)
@@ -354,7 +358,8 @@ def test_shares_are_the_ones_asked_for(mask_share: float, random_share: float, u
     )
     where = is_masked(rows, masked)
     shown, total, by_chance = masked.input_ids[where], int(where.sum()), random_share / VOCAB_SIZE
-    # Tokens of a span share their kind: as many fair trials as there are spans, and fewer, since they differ in length.
+    # Tokens of a span share their kind: as many fair trials as there are spans, and fewer, since
+    # they differ in length.
     tokens_a_trial = 9.45 if unit == "span" else 1
     for found, share in [
         (shown == MASK, mask_share + by_chance),
@@ -399,7 +404,9 @@ def test_the_ratio_goes_from_the_first_to_the_last_step() -> None:
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, set[tuple[int, int]]]:
-    """Where our words begin among a text's tokens, and the pre-tokenizer's words as (first token, first of the next)."""
+    """Where our words begin among a text's tokens, and the pre-tokenizer's words as (first token,
+    first of the next).
+    """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     theirs = [
         0,

@@ -1,4 +1,6 @@
-"""Shards hold exactly the documents' tokens, whole or not at all, and anything else is told from them."""
+"""Shards hold exactly the documents' tokens, whole or not at all, and anything else is told from
+them.
+"""
 
 import itertools
 import json

@@ -1,4 +1,6 @@
-"""The stateless shuffle: every sample once an epoch, in an order that looks random and costs no memory."""
+"""The stateless shuffle: every sample once an epoch, in an order that looks random and costs no
+memory.
+"""
 
 import math
 import tracemalloc
@@ -15,7 +17,9 @@ HUGE = 10**10
 
 
 def chi_square_is_plausible(counts: np.ndarray) -> bool:
-    """Whether counts may come from equal chances; false for one in some ten thousand fair ones (4 standard errors)."""
+    """Whether counts may come from equal chances; false for one in some ten thousand fair ones (4
+    standard errors).
+    """
     expected = counts.sum() / counts.size
     statistic, freedom = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
     return abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
@@ -134,7 +138,9 @@ def test_memory_does_not_grow_with_the_samples() -> None:
 
 
 def windows_of(order: Shuffled, epoch: int, per_window: int) -> list[set[int]]:
-    """The shards that an epoch's samples come from, window by window, where all shards have as many samples."""
+    """The shards that an epoch's samples come from, window by window, where all shards have as many
+    samples.
+    """
     samples = order.at(epoch * order.samples + np.arange(order.samples))[1].reshape(-1, per_window)
     return [set((window // order.samples_per_shard[0]).tolist()) for window in samples]
 

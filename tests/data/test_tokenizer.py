@@ -1,4 +1,6 @@
-"""The tokenizer that we train is the tokenizer that transformers loads: same ids, same special tokens, same limits."""
+"""The tokenizer that we train is the tokenizer that transformers loads: same ids, same special
+tokens, same limits.
+"""
 
 import json
 import shutil

@@ -19,7 +19,9 @@ NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_
 def test_states_are_compared_by_more_than_rounding(
     shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """The same steps, dealt otherwise: they differ by rounding, which is all that a key's bias moves by."""
+    """The same steps, dealt otherwise: they differ by rounding, which is all that a key's bias
+    moves by.
+    """
     data_arguments = [
         f"--data.shards={shards_dir}",
         f"--data.tokenizer={tokenizer_dir}",

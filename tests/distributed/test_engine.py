@@ -1,4 +1,6 @@
-"""What one rank does with a step and a checkpoint; tests/integration/test_backends.py has the ranks."""
+"""What one rank does with a step and a checkpoint; tests/integration/test_backends.py has the
+ranks.
+"""
 
 import dataclasses
 import math
@@ -150,7 +152,8 @@ def test_moments_that_are_another_ranks_are_not_read(
         ([1, 2, 1], "rank 1 (NODE) has other weights than the rest: a device may be faulty"),
         (
             [1, 2],
-            "rank 0 (NODE), rank 1 (NODE) differ in their weights, and none has most ranks on its side",
+            "rank 0 (NODE), rank 1 (NODE) differ in their weights, and none has most ranks on its "
+            "side",
         ),
         (
             [1, 1, 2, 2],

@@ -54,7 +54,8 @@ outputs = Path(tempfile.gettempdir())  # a folder of the session's own, see test
 class Program(subprocess.Popen[bytes]):
     """A program that was started, and what it has said so far.
 
-    It says it to files: a pipe that nobody reads would stop it, and one that a lost rank holds open would stop us.
+    It says it to files: a pipe that nobody reads would stop it, and one that a lost rank holds open
+    would stop us.
     """
 
     def __init__(self, command: Sequence[object], *, cwd: Path = ROOT, **environment: str) -> None:
@@ -81,7 +82,9 @@ class Program(subprocess.Popen[bytes]):
         return self._paths[1].read_text(errors="replace")
 
     def ended(self) -> int:
-        """Wait for the end and return the exit code. What hangs is told to say where, ended, and a failure."""
+        """Wait for the end and return the exit code. What hangs is told to say where, ended, and a
+        failure.
+        """
         try:
             return self.wait(MAX_SECONDS)
         except subprocess.TimeoutExpired:
@@ -127,7 +130,9 @@ def run_program(
 def wait_until(
     happened: Callable[[], object], *programs: Program, poll_seconds: float = 0.01
 ) -> None:
-    """Return when something has happened; fail when one of the programs that are to bring it about ends without it."""
+    """Return when something has happened; fail when one of the programs that are to bring it about
+    ends without it.
+    """
     end = time.monotonic() + MAX_SECONDS
     while not happened():
         ended = [program for program in programs if program.poll() is not None]
@@ -147,7 +152,9 @@ def run_python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 
 def launch_command(launcher: str | None, processes: int, *program: object) -> list[str]:
-    """Python for a program; ``launcher`` names a file of configs/accelerate, None starts one plain process."""
+    """Python for a program; ``launcher`` names a file of configs/accelerate, None starts one plain
+    process.
+    """
     command = [sys.executable]
     if launcher is not None:
         command += [

@@ -1,4 +1,6 @@
-"""A program of scripts/ with a fault planted in the engine: tests/helpers/faults.py FAULT PROGRAM ARGUMENTS..."""
+"""A program of scripts/ with a fault planted in the engine: tests/helpers/faults.py FAULT PROGRAM
+ARGUMENTS...
+"""
 
 import contextlib
 import runpy

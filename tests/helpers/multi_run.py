@@ -1,8 +1,11 @@
-"""Several runs of programs of scripts/ in one launch: most of a short run's time goes into imports and joining.
+"""Several runs of programs of scripts/ in one launch: most of a short run's time goes into imports
+and joining.
 
-accelerate launch ... -m tests.helpers.multi_run JOBS.json, where that is a list of what ``job`` of tests/helpers/commands.py makes. In a poisoned run, the
-last rank's loss is NaN at those calls of Engine.train_step. Where there is a source, the run goes on from what that run directory was after so many steps.
-What only large or long runs come across comes soon: collectives for some parameters at a time, and changes of fp16's loss scale.
+accelerate launch ... -m tests.helpers.multi_run JOBS.json, where that is a list of what ``job`` of
+tests/helpers/commands.py makes. In a poisoned run, the last rank's loss is NaN at those calls of
+Engine.train_step. Where there is a source, the run goes on from what that run directory was after
+so many steps. What only large or long runs come across comes soon: collectives for some parameters
+at a time, and changes of fp16's loss scale.
 """
 
 import contextlib
@@ -38,7 +41,9 @@ def poisoned(calls: list[int]) -> AbstractContextManager[None]:
 
 
 def copy(source: Path, until: int, damaged: int, target: Path) -> None:
-    """Have rank 0 copy a run directory, without its later checkpoints and perhaps with a damaged one."""
+    """Have rank 0 copy a run directory, without its later checkpoints and perhaps with a damaged
+    one.
+    """
     if not rank_info.is_main:
         while not target.exists():
             time.sleep(0.01)

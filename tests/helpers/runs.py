@@ -41,9 +41,11 @@ def assert_same_run(
     norm: float = 1e-5,
     weights: float | None = 1e-4,
 ) -> None:
-    """Of all steps the losses and gradient norms, the scores, and the last weights and moments; None: not those.
+    """Of all steps the losses and gradient norms, the scores, and the last weights and moments;
+    None: not those.
 
-    The tolerances are absolute: of a loss of 8 and gradient norms of 2, where two add up in another order.
+    The tolerances are absolute: of a loss of 8 and gradient norms of 2, where two add up in another
+    order.
     """
     for name, tolerance in (
         ("train/loss", loss),

@@ -1,4 +1,6 @@
-"""A real SLURM on this machine, and what tests do with it. Needs slurm-wlm and munge; scripts/test.sh installs them or says how."""
+"""A real SLURM on this machine, and what tests do with it. Needs slurm-wlm and munge;
+scripts/test.sh installs them or says how.
+"""
 
 import os
 import shutil
@@ -40,11 +42,15 @@ class Cluster:
         self._call(verb, node, *command)
 
     def set_down(self, node: str) -> None:
-        """Let SLURM know now that a node does not answer. It would find out by itself, after minutes."""
+        """Let SLURM know now that a node does not answer. It would find out by itself, after
+        minutes.
+        """
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def sbatch(self, *arguments: object, site: str = "") -> str:
-        """Submit one of slurm/*.sbatch from the repository's root, with the tests' site.env and some lines more, and return the job's id."""
+        """Submit one of slurm/*.sbatch from the repository's root, with the tests' site.env and
+        some lines more, and return the job's id.
+        """
         path = (
             self.folder / f"site-{time.monotonic_ns()}.env"
         )  # one a job: a requeued job reads it again

@@ -1,4 +1,6 @@
-"""The true loss and a change of cluster, on every backend: real launchers, real gloo ranks, each launch doing several runs."""
+"""The true loss and a change of cluster, on every backend: real launchers, real gloo ranks, each
+launch doing several runs.
+"""
 
 import json
 import os
@@ -33,8 +35,8 @@ BACKENDS = [
     ("small3", 3),
     ("zero3_offload", 2),
 ]
-# ZeRO as it is with models of 100 million parameters, of which the tests' have 50,000: all of them split, in several buckets. Stage 1 has every
-# other switch that a DeepSpeed file may turn.
+# ZeRO as it is with models of 100 million parameters, of which the tests' have 50,000: all of them
+# split, in several buckets. Stage 1 has every other switch that a DeepSpeed file may turn.
 SMALL: dict[str, dict[str, Any]] = {
     "small1": {
         "stage": 1,
@@ -58,15 +60,17 @@ DROPOUT = ["--model.hidden_dropout_prob=0.1", "--model.attention_probs_dropout_p
 SHAPES = {
     "padded": ["--data.packing=padded"],  # rows, and so micro-batches, of different length
     "stages": [  # of 2, 1 and 3 micro-steps on two ranks
-        "--stages=[{until_step: 2, seq_len: 16, global_batch_size: 20}, {until_step: 4, global_batch_size: 6}]",
+        "--stages=[{until_step: 2, seq_len: 16, global_batch_size: 20}, "
+        "{until_step: 4, global_batch_size: 6}]",
         "--batch.global_batch_size=18",
         "--batch.micro_batch_size=3",
         "--masking.final_ratio=0.3",
     ],
 }
 
-# Of a loss of 8 and gradient norms of 2, against one process in fp32. fp32: sums in another order. fp16 and bf16 round each product to 11
-# and 8 bits; seen on one process and on all backends: 4e-5 and 4e-4 of the loss, 2e-4 and 8e-3 of the norm.
+# Of a loss of 8 and gradient norms of 2, against one process in fp32. fp32: sums in another order.
+# fp16 and bf16 round each product to 11 and 8 bits; seen on one process and on all backends: 4e-5
+# and 4e-4 of the loss, 2e-4 and 8e-3 of the norm.
 TOLERANCE = {"fp32": (1e-5, 1e-5), "fp16": (2e-4, 2e-3), "bf16": (2e-3, 2e-2)}
 
 
@@ -122,7 +126,9 @@ def test_every_backend_trains_as_one_process_does(
     references: Path,
     tmp_path: Path,
 ) -> None:
-    """In every precision and shape of batches, with both optimizers, from scratch, from another backend's checkpoint, and from its own."""
+    """In every precision and shape of batches, with both optimizers, from scratch, from another
+    backend's checkpoint, and from its own.
+    """
     muon, run = [*arguments, "--optimizer.name=muon"], tmp_path
     dropout = [*muon, *DROPOUT, "--training.precision=fp16"]
     precisions = {
@@ -161,7 +167,8 @@ def test_every_backend_trains_as_one_process_does(
 
 
 def test_one_run_passed_from_backend_to_backend(arguments: list[str], tmp_path: Path) -> None:
-    """Every two steps another backend and world takes over; at the end it is the run of one process, moments, loss scale, stages and all.
+    """Every two steps another backend and world takes over; at the end it is the run of one
+    process, moments, loss scale, stages and all.
 
     One of the runs changes the shape of its batches where another takes over.
     """

@@ -1,4 +1,6 @@
-"""Do the benchmarks still run? In their smallest forms; how long anything takes is nobody's failure here."""
+"""Do the benchmarks still run? In their smallest forms; how long anything takes is nobody's failure
+here.
+"""
 
 import sys
 

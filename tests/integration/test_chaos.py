@@ -16,7 +16,8 @@ def test_nothing_is_lost_in_a_chaos_of_kills_and_corruptions(tmp_path: Path) -> 
     assert sum(tally["kills"].values()) >= 4 and sum(tally["corruptions"].values()) == 2
     assert tally["runs"] > 0 and not tally["undetected"] and not tally["different"]
     assert tally["detected"] == 2
-    # The NaN follows the data: steps 7, 19 and 28 to 30 meet it, and behind the data that was skipped only step 33, with the data of 37.
+    # The NaN follows the data: steps 7, 19 and 28 to 30 meet it, and behind the data that was
+    # skipped only step 33, with the data of 37.
     skipped = metrics(tmp_path / "chaos" / "undisturbed", "train/skipped")
     assert [step for step, is_skipped in enumerate(skipped) if is_skipped] == [7, 19, 33]
     again = script(

@@ -162,7 +162,8 @@ def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(
     # So that it does not come to its end before it is killed: a rank that hangs after some steps.
     real = pretrain.rename(pretrain.with_stem("real"))
     pretrain.write_text(
-        "import runpy, sys; sys.argv[1:1] = ['hanging_rank', 'real']; runpy.run_path('tests/helpers/faults.py', None, '__main__')"
+        "import runpy, sys; sys.argv[1:1] = ['hanging_rank', 'real']; "
+        "runpy.run_path('tests/helpers/faults.py', None, '__main__')"
     )
     program = Program(
         [*command, "--checkpoint.every_steps=1"], cwd=tmp_path, PYTHONPATH=str(tmp_path)

@@ -1,7 +1,8 @@
-"""Every file that the programs read, damaged at random: each time it is as if nothing had happened, or one error that the programs print.
+"""Every file that the programs read, damaged at random: each time it is as if nothing had happened,
+or one error that the programs print.
 
-Bytes are changed, and values of JSON and YAML are exchanged for others, also under manifests that have been signed anew: so the checks
-behind the checksums are looked at too.
+Bytes are changed, and values of JSON and YAML are exchanged for others, also under manifests that
+have been signed anew: so the checks behind the checksums are looked at too.
 """
 
 import json
@@ -134,7 +135,9 @@ def place(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> Path:
 
 
 def reads(place: Path) -> Read:
-    """All that is done with shards and tokenizer before a model is shown them, and with the run directory."""
+    """All that is done with shards and tokenizer before a model is shown them, and with the run
+    directory.
+    """
 
     def read() -> None:
         where = [

@@ -1,7 +1,8 @@
-"""The templates of slurm/ on a real SLURM: several nodes, each with its own network and processes, that can be killed and unplugged.
+"""The templates of slurm/ on a real SLURM: several nodes, each with its own network and processes,
+that can be killed and unplugged.
 
-Two traps are held by every job here: a rendezvous at 127.0.0.1 reaches no other node, and a launcher of its own on every node
-would train worlds of one.
+Two traps are held by every job here: a rendezvous at 127.0.0.1 reaches no other node, and a
+launcher of its own on every node would train worlds of one.
 """
 
 import json
@@ -41,7 +42,9 @@ def data_arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
 
 @contextmanager
 def frozen(cluster: Cluster, job: str, run: Path, steps: int) -> Iterator[None]:
-    """Rank 0 stopped once some steps are logged, and the others waiting for it: no machine is too fast for what is to happen there."""
+    """Rank 0 stopped once some steps are logged, and the others waiting for it: no machine is too
+    fast for what is to happen there.
+    """
     cluster.wait_until(lambda: steps_logged(run) >= steps, job=job, poll_seconds=0.005)
     found = [process for process in rank_0(run) if process.status() != psutil.STATUS_STOPPED]
     for process in found:
@@ -80,7 +83,9 @@ def rank_0(run: Path) -> list[psutil.Process]:
 
 
 def written(run: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of every file of a run. (What TensorBoard's writer had queued before may still come out, into that start's own file.)"""
+    """Size and time of every file of a run. (What TensorBoard's writer had queued before may still
+    come out, into that start's own file.)
+    """
     found = (path for path in run.rglob("*") if "tensorboard" not in path.parts)
     return {path: ((status := path.stat()).st_size, status.st_mtime_ns) for path in found}
 
@@ -91,7 +96,9 @@ def steps_logged(run: Path) -> int:
 
 
 def said(output: str, what: str) -> list[float]:
-    """When the batch script said how far the run was and then ``what``, in whole seconds of Unix time."""
+    """When the batch script said how far the run was and then ``what``, in whole seconds of Unix
+    time.
+    """
     times = re.findall(rf"^\[(.*?)\] step \d+ of \d+; {what}", output, re.MULTILINE)
     return [datetime.fromisoformat(at).timestamp() for at in times]
 
@@ -99,9 +106,11 @@ def said(output: str, what: str) -> list[float]:
 def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     cluster: Cluster, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Of four nodes n2 has a full disk and other runs than the rest, n3 a wrong clock and n4 one GPU too few: the job hands itself in again without them.
+    """Of four nodes n2 has a full disk and other runs than the rest, n3 a wrong clock and n4 one
+    GPU too few: the job hands itself in again without them.
 
-    Then four ranks of DeepSpeed, whose own multi-node launcher trains one world a node and ends with 0.
+    Then four ranks of DeepSpeed, whose own multi-node launcher trains one world a node and ends
+    with 0.
     """
     (faketime,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
     nvidia_smi, inside = cluster.folder / "bin" / "nvidia-smi", cluster.folder / "inside"
@@ -163,7 +172,8 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
     run, how = tmp_path / "run", [*data_arguments, f"--training.max_steps={steps}"]
     pretrain("cpu", *how, f"--run_dir={tmp_path / 'straight'}")
     start = time.time()
-    # SLURM looks every 30 seconds, and signals that much earlier: 10 to 40 seconds after the start. What comes with the start may be lost.
+    # SLURM looks every 30 seconds, and signals that much earlier: 10 to 40 seconds after the start.
+    # What comes with the start may be lost.
     options = (
         "--nodes=3",
         "--time=1",
@@ -213,8 +223,9 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
     ]
     allocated = sum(metrics(run, "speed/step_seconds")) / metrics(run, "speed/goodput")[-1]
     assert allocated < time.time() - start
-    # From each start of the job on, not of its processes, which the batch script starts when it has said so; until its last record, which is
-    # lost where a start was ended before it could save, but is not from after the launchers' end.
+    # From each start of the job on, not of its processes, which the batch script starts when it has
+    # said so; until its last record, which is lost where a start was ended before it could save,
+    # but is not from after the launchers' end.
     began = [json.loads(line)["began"] for line in (run / "starts.jsonl").read_text().splitlines()]
     assert all(
         since <= at for since, at in zip(began, said(cluster.output(job), "nodes"), strict=True)
@@ -235,9 +246,11 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
 def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
     cluster: Cluster, corpus_file: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """The merge is submitted by the array itself, once, waits for the parts' second starts, and gives what one process gives.
+    """The merge is submitted by the array itself, once, waits for the parts' second starts, and
+    gives what one process gives.
 
-    Part 0 submits it, and part 2 has the array's own job id: requeued by that, the whole array would start anew.
+    Part 0 submits it, and part 2 has the array's own job id: requeued by that, the whole array
+    would start anew.
     """
     text = corpus_file.read_text().split("\n\n")
     for number in range(4):
@@ -288,7 +301,9 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
 
 
 def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_path: Path) -> None:
-    """With --nodes=1-2 the job goes on with one node. Unplugged, that one trains on beside the job's third start, and must not write."""
+    """With --nodes=1-2 the job goes on with one node. Unplugged, that one trains on beside the
+    job's third start, and must not write.
+    """
     run, how = (
         tmp_path / "run",
         [*data_arguments, *NO_DROPOUT, "--training.max_steps=300", "--checkpoint.every_steps=10"],
@@ -339,9 +354,8 @@ def no_training(tmp_path: Path) -> str:
         """#!/bin/sh
         echo $(hostname) $*
         [ $(hostname) != n7 ] || {
-            until [ $(cat $ATTEMPT_LOGS/*.log | wc -l) = 64 ]; do sleep 0.2; done # the others are ended when it fails
-            echo 'RuntimeError: no such luck'
-            exit 3
+            until [ $(cat $ATTEMPT_LOGS/*.log | wc -l) = 64 ]; do sleep 0.2; done # the others are
+            ended when it fails echo 'RuntimeError: no such luck' exit 3
         }
         """
     )
@@ -414,7 +428,9 @@ def test_a_chain_stops_when_it_comes_to_nothing_and_bad_input_is_not_tried_again
 def test_a_chain_goes_on_without_a_bad_node_and_no_answer_and_no_space_end_a_link(
     cluster: Cluster, no_training: str, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """The first link's node has no GPUs for the driver, the second's programs say nothing, and the third has no room to count its starts."""
+    """The first link's node has no GPUs for the driver, the second's programs say nothing, and the
+    third has no room to count its starts.
+    """
     breakages = """
         case $SLURM_ARRAY_TASK_ID in
             1) PREFLIGHT=yes RANKS_PER_NODE='' ;;

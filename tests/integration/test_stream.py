@@ -1,4 +1,6 @@
-"""What the model is shown: one stream of samples and masks, whoever reads it, in however many pieces, from wherever."""
+"""What the model is shown: one stream of samples and masks, whoever reads it, in however many
+pieces, from wherever.
+"""
 
 import hashlib
 import itertools
@@ -85,7 +87,9 @@ def test_one_stream_for_every_world_micro_batch_worker_count_resume_and_place(
     many_shards_dir: Path,
     tmp_path: Path,
 ) -> None:
-    """All of them where there are no loader's processes; these change who makes a batch, and one case each shows that nothing else does."""
+    """All of them where there are no loader's processes; these change who makes a batch, and one
+    case each shows that nothing else does.
+    """
     remote = fsspec.filesystem("memory")
     remote.put(str(many_shards_dir), f"/shards-{workers}", recursive=True)
     largest = max(path.stat().st_size for path in many_shards_dir.glob("*.arrow"))

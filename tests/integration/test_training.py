@@ -1,6 +1,8 @@
-"""One run, whatever it runs on and whatever happens to it: real launchers, real gloo ranks, real kills.
+"""One run, whatever it runs on and whatever happens to it: real launchers, real gloo ranks, real
+kills.
 
-Runs that only have to end are done several in one launch, by the fixtures ``alone`` and ``together``; what is killed, hangs or is refused has its own.
+Runs that only have to end are done several in one launch, by the fixtures ``alone`` and
+``together``; what is killed, hangs or is refused has its own.
 """
 
 import contextlib
@@ -45,7 +47,9 @@ PACKINGS = ("isolated", "contiguous")
 
 @dataclass(frozen=True)
 class Done:
-    """Runs that were done in one launch, by name; what each printed, and which files it asked a server for."""
+    """Runs that were done in one launch, by name; what each printed, and which files it asked a
+    server for.
+    """
 
     folder: Path
     printed: dict[str, str]
@@ -213,7 +217,9 @@ def test_compiled_a_run_is_the_same_and_each_stage_has_code_for_its_own_sizes(
 def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(
     together: Done, how: list[str], data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """With dropout, two ranks, SIGKILL of launcher and ranks at several moments, in a save among them."""
+    """With dropout, two ranks, SIGKILL of launcher and ranks at several moments, in a save among
+    them.
+    """
     straight, killed = together["straight"], tmp_path / "killed"
     checkpoints = killed / "checkpoints"
     plain = pretrain_command("cpu", *data_arguments, f"--run_dir={killed}")
@@ -393,7 +399,9 @@ def test_a_rank_that_hangs_ends_all_and_every_rank_says_where_it_was(
 def test_bad_numbers_are_skipped_rolled_back_and_passed_over_in_a_way_that_replays(
     together: Done,
 ) -> None:
-    """Three NaNs in a row on one of two ranks, then the same again; a run that knows what to skip has the same bits without them."""
+    """Three NaNs in a row on one of two ranks, then the same again; a run that knows what to skip
+    has the same bits without them.
+    """
     assert together.printed["bad"].count("back to step 4; the data of steps 4 to 7 is skipped") == 2
     windows = [
         json.loads(line)
@@ -454,7 +462,9 @@ def test_all_checkpoints_damaged_is_an_error_and_not_a_new_beginning(
 def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(
     data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Of 3 MB there is room for four checkpoints. And a limit that no look at the free space shows, as a quota is: one file ends half-way."""
+    """Of 3 MB there is room for four checkpoints. And a limit that no look at the free space shows,
+    as a quota is: one file ends half-way.
+    """
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     mine = pretrain_command(

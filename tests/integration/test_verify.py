@@ -1,4 +1,6 @@
-"""verify.py holds where the promises do, and finds what breaks them: real launchers, real faults, one launch for all of a launcher's."""
+"""verify.py holds where the promises do, and finds what breaks them: real launchers, real faults,
+one launch for all of a launcher's.
+"""
 
 import functools
 import json
@@ -98,7 +100,9 @@ def verdicts(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("launcher", BACKENDS)
 def test_it_holds(launcher: str | None, verdicts: Verdicts, arguments: list[str]) -> None:
-    """And it takes no more memory than the run: no larger micro-batches, and an engine to compare with, but not two."""
+    """And it takes no more memory than the run: no larger micro-batches, and an engine to compare
+    with, but not two.
+    """
     certificate, printed = verdicts(launcher)[HOLDS]
     assert "All promises hold here" in printed
     assert (certificate["holds"], certificate["backend"]) == (True, BACKENDS[launcher])

@@ -32,7 +32,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path) -> MaskedRoberta:
-    """Initialised as the quickstart's: large weights and sinusoidal positions, so that both context and place show in the logits."""
+    """Initialised as the quickstart's: large weights and sinusoidal positions, so that both context
+    and place show in the logits.
+    """
     config = load_config(ROOT / "configs/quickstart.yaml", SMALL)
     return build_model(
         config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed
@@ -72,7 +74,9 @@ def random_rows(seed: int, rows: int = 3) -> list[list[int]]:
 
 
 def by_definition(query: Tensor, key: Tensor, value: Tensor, *bounds: Tensor | int) -> Tensor:
-    """What ``torch.nn.attention.varlen.varlen_attn`` promises of [tokens, heads, head size]; its kernel needs a GPU."""
+    """What ``torch.nn.attention.varlen.varlen_attn`` promises of [tokens, heads, head size]; its
+    kernel needs a GPU.
+    """
     starts, of_keys, longest, longest_key = bounds
     assert isinstance(starts, Tensor) and starts is of_keys and starts.dtype == torch.int32
     assert isinstance(longest, int) and longest == longest_key >= int(starts.diff().max())
@@ -178,7 +182,9 @@ def test_the_path_of_the_kernel_is_the_path_of_the_mask(
 def test_the_kernel_takes_what_it_is_given_and_nothing_waits_for_the_device(
     model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward with the real operator on tensors without values: reading one would raise."""
+    """Forward and backward with the real operator on tensors without values: reading one would
+    raise.
+    """
     monkeypatch.setattr(MaskedRoberta, "_varlen_applies", lambda self, device: True)
     inputs = MicroBatch(batch_of("isolated", shards_dir, tokenizer_dir)).inputs
     mode = FakeTensorMode()

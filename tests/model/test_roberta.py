@@ -165,8 +165,8 @@ def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path
     with counter:
         loss_sum, _ = model(**MicroBatch(batch).inputs)
         loss_sum.backward()
-    # The head computes every slot, those that a row does not fill included. Of the last layer, what is not masked is needed as key and
-    # value alone, and its attention is a fused one.
+    # The head computes every slot, those that a row does not fill included. Of the last layer, what
+    # is not masked is needed as key and value alone, and its attention is a fused one.
     hidden, slots = model.config.hidden_size, batch.labels.size
     spared = (batch.tokens - slots) * (
         4 * hidden**2 + 4 * hidden * model.config.intermediate_size

@@ -1,4 +1,6 @@
-"""Weights move as AdamW says, are put together from all ranks, and stay where a step was called off."""
+"""Weights move as AdamW says, are put together from all ranks, and stay where a step was called
+off.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ def test_adamw_decays_matrices_and_embeddings_alone() -> None:
 def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Five parameters laid end to end, cut in two in the middle of the third, in buckets of 100 elements or more."""
+    """Five parameters laid end to end, cut in two in the middle of the third, in buckets of 100
+    elements or more.
+    """
     monkeypatch.setattr(sharding, "_BUCKET_ELEMENTS", 100)
     shapes = [(8, 10), (30,), (7, 9), (110,), (2, 3)]
     wholes = [torch.randn(shape) for shape in shapes]

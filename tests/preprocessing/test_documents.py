@@ -1,4 +1,6 @@
-"""Every kind of input gives the documents it holds, in a fixed order, however it is cut, or one line that names file and place."""
+"""Every kind of input gives the documents it holds, in a fixed order, however it is cut, or one
+line that names file and place.
+"""
 
 import dataclasses
 import gzip
@@ -303,7 +305,9 @@ print(sum(1 for piece in cut for text in documents(piece)), most("VmHWM") - befo
 
 @pytest.mark.parametrize("hub", [False, True])
 def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path, hub: bool) -> None:
-    """150 MB: a row group in pages of a record, as a page is what Arrow holds; and lines, of which datasets holds 10 MB."""
+    """150 MB: a row group in pages of a record, as a page is what Arrow holds; and lines, of which
+    datasets holds 10 MB.
+    """
     texts = [f"{row:06d}" * 50_000 for row in range(500)]
     if hub:
         (tmp_path / "a.jsonl").write_text(
@@ -352,7 +356,8 @@ def test_strings_of_every_kind_are_text(tmp_path: Path, kind: pa.DataType) -> No
     assert list(read([tmp_path / "a.parquet"])) == ["one", "ü"]
 
 
-# Pieces of text, so that line ends, byte order marks and letters of several bytes fall on every kind of cut.
+# Pieces of text, so that line ends, byte order marks and letters of several bytes fall on every
+# kind of cut.
 ATOMS = [
     b"\n",
     b"\n\n",

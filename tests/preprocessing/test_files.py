@@ -1,4 +1,6 @@
-"""Inputs are found wherever they are, in a fixed order, and cut into pieces that depend on nothing but the files."""
+"""Inputs are found wherever they are, in a fixed order, and cut into pieces that depend on nothing
+but the files.
+"""
 
 import functools
 import gzip

@@ -1,4 +1,6 @@
-"""Pieces become shards: equal documents once if that is asked for, and all of it again after a merge that broke off."""
+"""Pieces become shards: equal documents once if that is asked for, and all of it again after a
+merge that broke off.
+"""
 
 import math
 import tracemalloc

@@ -1,4 +1,6 @@
-"""A sample is a fixed part of a corpus in which every part of it is in proportion, and the rest shares no document with it."""
+"""A sample is a fixed part of a corpus in which every part of it is in proportion, and the rest
+shares no document with it.
+"""
 
 import gzip
 import lzma
@@ -112,7 +114,9 @@ def repeated(name: str, number: int) -> list[str]:
 def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(
     tmp_path: Path, suffix: str, share: float
 ) -> None:
-    """Also where all that is stored is less than the sample, and where the files' ends would come after it is full."""
+    """Also where all that is stored is less than the sample, and where the files' ends would come
+    after it is full.
+    """
     number = 60_000
     for name in "0123":
         content, path = repeated(name, number), tmp_path / f"{name}.{suffix}"

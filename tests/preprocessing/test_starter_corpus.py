@@ -1,4 +1,6 @@
-"""A text to start with, whatever the network does: answers, lies, drips, breaks off, or is not there."""
+"""A text to start with, whatever the network does: answers, lies, drips, breaks off, or is not
+there.
+"""
 
 import contextlib
 import hashlib
@@ -68,7 +70,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def drip(self) -> None:
-        """A byte every 20 ms, so that no single read ever times out: in half a minute all of it has come."""
+        """A byte every 20 ms, so that no single read ever times out: in half a minute all of it has
+        come.
+        """
         for _ in range(SLOW_BYTES):
             self.wfile.write(b"x")
             time.sleep(0.02)
@@ -167,7 +171,9 @@ def test_kant_asked_for_and_not_to_be_had_is_an_error(nobody: str, tmp_path: Pat
 
 
 def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: Path) -> None:
-    """And one Python version gives one text: a process with other hashes in another folder writes the same bytes."""
+    """And one Python version gives one text: a process with other hashes in another folder writes
+    the same bytes.
+    """
     said = write_starter(tmp_path, "auto", lambda: fetch([[f"{nobody}/x"]]))
     assert said.startswith("corpus: python-docs, as kant could not be fetched") and "\n" not in said
     assert json.loads((tmp_path / "source.json").read_text())["name"] == "python-docs"

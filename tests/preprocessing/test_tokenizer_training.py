@@ -23,7 +23,8 @@ def read(path: Path, unit: Unit) -> Iterator[str]:
     )
 
 
-# The five words have 22 joints between letters, each of which becomes an entry beside the specials and bytes.
+# The five words have 22 joints between letters, each of which becomes an entry beside the specials
+# and bytes.
 FREQUENT = ["The Critique of Pure Reason. Critique of Reason, of Pure Reason."] * 20
 # The tutorial's own text and what training on it gave, where KANTAI_CORPUS names the file.
 KANT = (

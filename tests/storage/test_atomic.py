@@ -1,4 +1,6 @@
-"""Nothing half-written: a folder is there whole and verified, or not at all, whenever the process that writes it dies."""
+"""Nothing half-written: a folder is there whole and verified, or not at all, whenever the process
+that writes it dies.
+"""
 
 import os
 import signal

@@ -1,4 +1,6 @@
-"""Remote files arrive whole or not at all, once a node, whatever the network, the processes and the folder's size do to them."""
+"""Remote files arrive whole or not at all, once a node, whatever the network, the processes and the
+folder's size do to them.
+"""
 
 import hashlib
 import http.server
@@ -316,9 +318,11 @@ def test_a_transfer_that_its_driver_never_ends_is_given_up(
 
 
 class Slow(fsspec.AbstractFileSystem):
-    """Brings bytes in pieces. By the clock that the cache looks at, each takes half as long as a transfer may stand still.
+    """Brings bytes in pieces. By the clock that the cache looks at, each takes half as long as a
+    transfer may stand still.
 
-    Time goes on here alone, and a piece comes when the one before has been seen: nothing depends on how busy the machine is.
+    Time goes on here alone, and a piece comes when the one before has been seen: nothing depends on
+    how busy the machine is.
     """
 
     protocol = "slow"

@@ -1,4 +1,6 @@
-"""What is written of a run: by its latest start alone, and with an error where it cannot be written."""
+"""What is written of a run: by its latest start alone, and with an error where it cannot be
+written.
+"""
 
 import json
 from pathlib import Path

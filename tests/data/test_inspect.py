@@ -56,6 +56,7 @@ def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer
         assert true[:12] in split
 
 
+@pytest.mark.slow
 def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings: list[str]) -> None:
     def hashed(first: int, stop: int, *changes: str) -> str:
         said = printed(*settings, *changes, "--hash", first, stop)
@@ -74,6 +75,7 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
     assert len({found, hashed(5, 24), hashed(6, 25), *(hashed(5, 25, *change) for change in others)}) == 3 + len(others)
 
 
+@pytest.mark.slow
 def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(settings: list[str], tmp_path: Path) -> None:
     run = [*settings, f"--run_dir={tmp_path}"]
     by_the_config = {what: printed(*run, *what) for what in (("--step", 9), ("--hash", 9, 12), ("--step", 3))}

@@ -29,6 +29,7 @@ rank_info = RankInfo.from_environment()
 close, step = Engine.close, Engine.train_step
 last: list[Engine] = []
 optim._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
+Engine.matmul_flops_per_second.__defaults__ = (0.01,)  # how fast the machine is does not matter here
 
 
 def poisoned(calls: list[int]) -> Any:

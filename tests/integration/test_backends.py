@@ -22,6 +22,8 @@ from kantai.training.run_dir import RunDir
 from tests.helpers.commands import ROOT, TINY, job, several
 from tests.helpers.runs import assert_same_run, assert_same_weights, metrics, state
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 BACKENDS = [("cpu", 2), ("cpu", 3), ("zero0", 2), ("small1", 2), ("small2", 2), ("zero2_offload", 2), ("small3", 3), ("zero3_offload", 2)]
 # ZeRO as it is with models of 100 million parameters, of which the tests' have 50,000: all of them split, in several buckets. Stage 1 has every

@@ -27,6 +27,8 @@ from kantai.storage.atomic import verify
 from tests.helpers.commands import TINY, Program, job, launch_command, pretrain, pretrain_command, run_program, several, wait_until
 from tests.helpers.runs import assert_same_run, metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
 STAGED = [*NO_DROPOUT, "--stages=[{until_step: 3, seq_len: 16}]", "--model.num_hidden_layers=1"]

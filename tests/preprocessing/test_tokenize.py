@@ -86,14 +86,14 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
     files = [tmp_path / f"{number}.txt" for number in range(4)]
     for number, file in enumerate(files):
         file.write_text("".join(f"line {line} of file {number}\n" for line in range(500)), encoding="utf-8")
-    tokenize(make_job("shards", piece_bytes=5000, files=files))
+    tokenize(make_job("shards", piece_bytes=5000, files=files), processes=1)
     work = make_job("shards", piece_bytes=5000, files=files).work
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
     files[2].write_text(files[2].read_text(encoding="utf-8").replace("line", "LINE"), encoding="utf-8")
     os.utime(files[2], (1, 1))
 
     job = make_job("shards", piece_bytes=5000, files=files)
-    tokenize(job)
+    tokenize(job, processes=1)
     redone = {name for name, modified in before.items() if (work / name).stat().st_mtime_ns != modified}
     assert redone == {
         f"{number:06d}.json" for number, piece in enumerate(job.pieces) if any(span.file.path.endswith("2.txt") for span in piece)
@@ -102,8 +102,8 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
     assert merge(job)["report"]["documents"] == 2000
 
     other = replace(make_job("other", piece_bytes=5000, files=files), held_out_share=0.2)
-    tokenize(make_job("other", piece_bytes=5000, files=files))
-    tokenize(other)  # another share: everything
+    tokenize(make_job("other", piece_bytes=5000, files=files), processes=1)
+    tokenize(other, processes=1)  # another share: everything
     assert merge(other)["splits"]["held_out"]["documents"] > 1.5 * open_shards(job.output).manifest["splits"]["held_out"]["documents"]
 
 

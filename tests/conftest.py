@@ -120,20 +120,10 @@ def make_shards(
     return target
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is in tests/integration, and have the longest files run first.
-
-    Else one core would wait for them at the end.
-    """
-    for item in items:
-        if item.path.parent.name == "integration":
-            item.add_marker(pytest.mark.slow)
-        if item.path.name == "test_slurm.py":
-            item.add_marker(pytest.mark.slurm)
-    last = len(LONGEST)
+    """Have the longest files run first: else one core would wait for them at the end."""
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, last))
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 def pytest_runtest_setup() -> None:

@@ -87,6 +87,7 @@ def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer
         assert true[:12] in split
 
 
+@pytest.mark.slow
 def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings: list[str]) -> None:
     def hashed(first: int, stop: int, *changes: str) -> str:
         said = printed(*settings, *changes, "--hash", first, stop)
@@ -109,6 +110,7 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
     ) == 3 + len(others)
 
 
+@pytest.mark.slow
 def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(
     settings: list[str], tmp_path: Path
 ) -> None:

@@ -32,6 +32,9 @@ rank_info = RankInfo.from_environment()
 leave = Engine.leave
 last: list[Engine] = []
 sharding._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
+Engine.matmul_flops_per_second.__defaults__ = (
+    0.01,
+)  # how fast the machine is does not matter here
 
 
 def poisoned(calls: list[int]) -> AbstractContextManager[None]:

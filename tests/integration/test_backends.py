@@ -24,6 +24,8 @@ from kantai.training.run_dir import RunDir
 from tests.helpers.commands import ROOT, TINY, job, several
 from tests.helpers.runs import assert_same_run, assert_same_weights, metrics, state
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 BACKENDS = [
     ("cpu", 2),

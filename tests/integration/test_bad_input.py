@@ -227,6 +227,7 @@ def test_one_line_and_exit_code_2(case: str, workshop: Workshop) -> None:
     assert sorted(workshop.shards.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> None:
     _, *arguments = workshop.pretrain("--training.max_steps=2")
     arguments = arguments[2 + len(TINY) :]
@@ -244,6 +245,7 @@ def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> 
     assert {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_every_rank_refuses_and_one_speaks(workshop: Workshop) -> None:
     done = run_program(
         launch_command(

@@ -1,10 +1,12 @@
-"""Do the benchmarks still run? In their smallest forms; how long anything takes is nobody's failure
-here.
-"""
+"""The benchmarks run, in their smallest forms; how long anything takes is nobody's failure here."""
 
 import sys
 
+import pytest
+
 from tests.helpers.commands import ROOT, run_program
+
+pytestmark = pytest.mark.slow
 
 # curves.py needs matplotlib, which nothing else here does.
 PROGRAMS = sorted(

@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.commands import script
 from tests.helpers.runs import metrics
+
+pytestmark = pytest.mark.slow
 
 
 def test_nothing_is_lost_in_a_chaos_of_kills_and_corruptions(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from kantai.training.run_dir import open_saved_run
 from tests.helpers.commands import ROOT, Program, pretrain, run_program, script, wait_until
 from tests.helpers.runs import metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 
 

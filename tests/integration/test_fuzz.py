@@ -273,6 +273,7 @@ def resumes(run: Path, engine: Engine) -> Read:
     return read
 
 
+@pytest.mark.slow
 @fuzz
 @given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
 def test_a_run_directory_of_any_bytes(
@@ -293,6 +294,7 @@ def test_a_run_directory_of_any_bytes(
     survives(tmp_path, resumes(tmp_path / "run", engine))
 
 
+@pytest.mark.slow
 @fuzz
 @given(exchange=exchanges(), name=st.sampled_from(["manifest", "header", "skipped_data", "config"]))
 def test_a_run_directory_of_any_values(

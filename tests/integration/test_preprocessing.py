@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.helpers.commands import MAX_SECONDS, Program, wait_until
 from tests.helpers.files import content
+
+pytestmark = pytest.mark.slow
 
 
 def test_killed_at_any_time_it_redoes_what_was_not_done_and_nothing_else(

@@ -25,6 +25,8 @@ from tests.helpers.commands import TINY, pretrain, script
 from tests.helpers.runs import assert_same_run, metrics
 from tests.helpers.slurm_cluster import Cluster, cluster_of
 
+pytestmark = pytest.mark.slurm
+
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
 PRETRAIN = ("slurm/pretrain.sbatch", "configs/quickstart.yaml")
 

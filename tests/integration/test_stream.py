@@ -18,6 +18,8 @@ from kantai.data.inspect import hash_step, hash_stream
 from kantai.data.loader import stream
 from tests.helpers.commands import CONFIG
 
+pytestmark = pytest.mark.slow
+
 STEPS = 200
 RESUMED_AT = (0, 57, 131)  # the first resume at the end of a stage
 

@@ -39,6 +39,8 @@ from tests.helpers.commands import (
 )
 from tests.helpers.runs import assert_same_run, metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
 STAGED = [*NO_DROPOUT, "--stages=[{until_step: 3, seq_len: 16}]", "--model.num_hidden_layers=1"]

@@ -14,6 +14,8 @@ import pytest
 from kantai.config.loading import load_config
 from tests.helpers.commands import CONFIG, TINY, job, script, several
 
+pytestmark = pytest.mark.slow
+
 # With a fault that is none: memory for two engines at once.
 HOLDS = "third_engine_refused"
 SETTINGS: dict[str | None, list[str]] = {

@@ -120,6 +120,7 @@ def test_between_layers_states_are_what_matrix_products_take(
     assert found == [dtype] * 2 * len(model.roberta.encoder.layer)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of what PyTorch does
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

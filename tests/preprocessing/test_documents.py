@@ -303,6 +303,7 @@ print(sum(1 for piece in cut for text in documents(piece)), most("VmHWM") - befo
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", [False, True])
 def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path, hub: bool) -> None:
     """150 MB: a row group in pages of a record, as a page is what Arrow holds; and lines, of which

@@ -59,21 +59,21 @@ def test_what_gives_no_two_splits_is_refused_and_leaves_nothing(
         share,
     )
     with pytest.raises(UserError, match=message):
-        tokenize(job)
+        tokenize(job, processes=1)
         merge(job)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
 
 
 def test_a_merge_waits_for_all_parts(make_job: MakeJob) -> None:
     job = make_job("shards")
-    tokenize(job, part=1, parts=2)
+    tokenize(job, part=1, parts=2, processes=1)
     with pytest.raises(
         UserError,
         match=rf"{len(job.pieces[::2])} of {len(job.pieces)} pieces are not tokenized yet \(0, 2, 4, ",
     ):
         merge(job)
     assert not job.output.exists()
-    tokenize(job, part=0, parts=2)
+    tokenize(job, part=0, parts=2, processes=1)
     merge(job)
     assert job.output.exists()
 
@@ -85,7 +85,7 @@ def test_a_merge_that_broke_off_is_done_again(
 ) -> None:
     whole, broken = make_job("whole", unique=unique), make_job("broken", unique=unique)
     for job in (whole, broken):
-        tokenize(job)
+        tokenize(job, processes=1)
     merge(whole)
 
     def fail(*_: object, **__: object) -> None:
@@ -115,7 +115,7 @@ def test_of_equal_documents_the_first_stays(
     )
     manifests = []
     for job in (every, once):
-        tokenize(job)
+        tokenize(job, processes=1)
         manifests.append(merge(job))
     for split in SPLITS:
         repeated, unique = (texts_of(job.output, split) for job in (every, once))
@@ -152,12 +152,12 @@ def test_a_merge_forgets_what_another_one_left(
 ) -> None:
     """Killed while it left out documents, and then asked to keep them."""
     unique, every, whole = make_job("shards", unique=True), make_job("shards"), make_job("whole")
-    tokenize(unique)
+    tokenize(unique, processes=1)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizing, "publish", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             merge(unique)
     for job in (every, whole):
-        tokenize(job)
+        tokenize(job, processes=1)
         merge(job)
     assert content(every.output) == content(whole.output)

@@ -70,6 +70,7 @@ def test_every_part_is_drawn_in_proportion(corpus: list[File]) -> None:
     assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.slow
 def test_the_rest_shares_no_document_with_the_sample(corpus: list[File]) -> None:
     for seed in range(4):
         _, sample, rest = drawn(corpus, (8 + seed * 3) * MIB, seed)
@@ -78,6 +79,7 @@ def test_the_rest_shares_no_document_with_the_sample(corpus: list[File]) -> None
         assert sum(map(len, rest)) < 3 * MIB
 
 
+@pytest.mark.slow
 def test_a_seed_draws_one_sample(corpus: list[File]) -> None:
     assert drawn(corpus, 4 * MIB)[1:] == drawn(corpus, 4 * MIB)[1:]
     assert drawn(corpus, 4 * MIB)[1] != drawn(corpus, 4 * MIB, seed=1)[1]
@@ -109,6 +111,7 @@ def repeated(name: str, number: int) -> list[str]:
     return [f"{name} {'the same again and ' * 2}{index:021d}" for index in range(number)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "txt.gz", "txt.xz", "txt.zst"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(

@@ -170,6 +170,7 @@ def test_kant_asked_for_and_not_to_be_had_is_an_error(nobody: str, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: Path) -> None:
     """And one Python version gives one text: a process with other hashes in another folder writes
     the same bytes.

@@ -105,7 +105,7 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
         file.write_text(
             "".join(f"line {line} of file {number}\n" for line in range(500)), encoding="utf-8"
         )
-    tokenize(make_job("shards", piece_bytes=5000, files=files))
+    tokenize(make_job("shards", piece_bytes=5000, files=files), processes=1)
     work = make_job("shards", piece_bytes=5000, files=files).work
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
     files[2].write_text(
@@ -114,7 +114,7 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
     os.utime(files[2], (1, 1))
 
     job = make_job("shards", piece_bytes=5000, files=files)
-    tokenize(job)
+    tokenize(job, processes=1)
     redone = {
         name for name, modified in before.items() if (work / name).stat().st_mtime_ns != modified
     }
@@ -127,8 +127,8 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
     assert merge(job)["report"]["documents"] == 2000
 
     other = replace(make_job("other", piece_bytes=5000, files=files), held_out_share=0.2)
-    tokenize(make_job("other", piece_bytes=5000, files=files))
-    tokenize(other)  # another share: everything
+    tokenize(make_job("other", piece_bytes=5000, files=files), processes=1)
+    tokenize(other, processes=1)  # another share: everything
     assert (
         merge(other)["splits"]["held_out"]["documents"]
         > 1.5 * open_shards(job.output).manifest["splits"]["held_out"]["documents"]

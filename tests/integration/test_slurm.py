@@ -356,8 +356,10 @@ def no_training(tmp_path: Path) -> str:
         """#!/bin/sh
         echo $(hostname) $*
         [ $(hostname) != n7 ] || {
-            until [ $(cat $ATTEMPT_LOGS/*.log | wc -l) = 64 ]; do sleep 0.2; done # the others are
-            ended when it fails echo 'RuntimeError: no such luck' exit 3
+            # Its failure ends the others.
+            until [ $(cat $ATTEMPT_LOGS/*.log | wc -l) = 64 ]; do sleep 0.2; done
+            echo 'RuntimeError: no such luck'
+            exit 3
         }
         """
     )

@@ -27,7 +27,7 @@ in_holder() {
 ask() {
   local answer="$dir/run/answer.$$.$RANDOM"
   echo "$answer $*" >"$dir/run/requests"
-  for _ in $(seq 1800); do
+  for _ in $(seq 18000); do # a guard against what hangs
     if [ -e "$answer" ]; then code=$(cat "$answer"); rm -f "$answer"; return "$code"; fi
     sleep 0.05
   done
@@ -74,7 +74,7 @@ holder() { # process 1 of the holder namespace
   rm -f "$dir/run/requests"; mkfifo "$dir/run/requests"; exec 9<>"$dir/run/requests"
   start_controller
   for i in $(seq 1 "$nodes"); do start_node "n$i"; done
-  for _ in $(seq 900); do [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && break; sleep 0.1; done
+  for _ in $(seq 9000); do [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && break; sleep 0.1; done
   : >"$dir/run/ready"
   while read -r answer verb arguments <&9; do
     code=0
@@ -156,7 +156,7 @@ up() {
   echo $parent >"$dir/run/holder-parent.pid"
   until child=$(pgrep -P $parent); do kill -0 $parent 2>/dev/null || break; sleep 0.02; done
   echo "$child" >"$dir/run/holder.pid"
-  for _ in $(seq 1900); do [ -e "$dir/run/ready" ] && break; kill -0 $parent 2>/dev/null || break; sleep 0.05; done
+  for _ in $(seq 19000); do [ -e "$dir/run/ready" ] && break; kill -0 $parent 2>/dev/null || break; sleep 0.05; done
   [ -e "$dir/run/ready" ] || { tail -n 5 "$dir"/log/*.out "$dir"/log/slurmctld.log >&2; down; return 1; }
 }
 down() {

@@ -258,7 +258,7 @@ class Masker:
         if self.unit == "token":
             return _choose_tokens(ordinary, ratio, keys)
         assert self.words is not None
-        choose = _choose_words if self.unit == "word" else _choose_spans
+        choose = {"word": _choose_words, "span": _choose_spans}[self.unit]
         return choose(self.words.starts(rows), ordinary, ratio, keys)
 
     def _apply_masks(self, rows: Int64s, units: _Units, keys: _Keys, slots: int) -> MaskedRows:

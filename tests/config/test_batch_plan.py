@@ -1,4 +1,4 @@
-"""How many rows a step has, and how ranks and micro-steps share them."""
+"""A batch plan sets the rows of a step, and deals them to ranks and micro-steps."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ STAGES = (
 )
 
 
-def test_stages_give_the_shape_of_every_step(tmp_path: Path) -> None:
+def test_stages_set_batch_shape_of_steps(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         SMALLEST,
@@ -41,6 +41,7 @@ def test_stages_give_the_shape_of_every_step(tmp_path: Path) -> None:
         BatchShape(3, 16, 20, 24),
         BatchShape(5, 64, 20, 6),
     ]
+
     assert load(tmp_path).batch_shapes() == [BatchShape(0, 512, 256, 32)]
     with pytest.raises(UserError, match="stages was "):
         refuse_other_run(config, load(tmp_path))
@@ -53,11 +54,12 @@ def test_stages_give_the_shape_of_every_step(tmp_path: Path) -> None:
 )
 @example(8192, 64, 7)
 @example(1, 1, 8)
-def test_plan_deals_every_row_once_and_computes_as_few_empty_ones_as_it_can(
+def test_plan_deals_each_row_once_with_fewest_empty_rows(
     global_batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
     plan = BatchPlan(global_batch_size, micro_batch_size, world_size)
-    micro_steps, micro = plan.gradient_accumulation_steps, plan.micro_batch_size
+    micro_steps = plan.gradient_accumulation_steps
+    micro = plan.micro_batch_size
     dealt = [
         row
         for rank in range(world_size)
@@ -70,16 +72,14 @@ def test_plan_deals_every_row_once_and_computes_as_few_empty_ones_as_it_can(
         for rank in range(world_size)
         for micro_step in range(micro_steps)
     )
-    assert (
-        world_size * (micro_steps - 1) * micro_batch_size < global_batch_size
-    )  # one micro-step fewer would not hold the rows
-    assert (
-        world_size * micro_steps * (micro - 1) < global_batch_size
-    )  # nor would smaller micro-batches
+
+    # Neither fewer micro-steps nor smaller micro-batches would hold the rows.
+    assert world_size * (micro_steps - 1) * micro_batch_size < global_batch_size
+    assert world_size * micro_steps * (micro - 1) < global_batch_size
     assert (f"{plan.empty_rows} of them empty" in str(plan)) == (plan.empty_rows > 0)
 
 
-def test_plan_says_what_is_wasted() -> None:
+def test_plan_reports_wasted_rows() -> None:
     assert str(BatchPlan(256, 32, 4)) == "256 sequences a step = 4 ranks x 2 micro-steps x 32"
     assert (
         str(BatchPlan(256, 32, 7))

@@ -1,5 +1,6 @@
-"""A config is what its file and arguments say, or one line says what is wrong with it; a run keeps
-the one it began with.
+"""Loading merges a file with arguments, and refuses wrong ones in one line.
+
+A run refuses settings that would change its result.
 """
 
 from pathlib import Path
@@ -40,7 +41,7 @@ def with_value(config: Config, key: str, value: Any) -> Config:
     return config.model_copy(update={sections[0]: section})
 
 
-def test_file_then_arguments(tmp_path: Path) -> None:
+def test_arguments_override_file(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         SMALLEST + "optimizer: {learning_rate: 1.0e-3, schedule: cosine}\n",
@@ -72,7 +73,7 @@ def test_file_then_arguments(tmp_path: Path) -> None:
         ("1", 1.0),
     ],
 )
-def test_numbers_as_papers_write_them(tmp_path: Path, written: str, value: float) -> None:
+def test_scientific_notation_loads_as_number(tmp_path: Path, written: str, value: float) -> None:
     assert (
         load(
             tmp_path, SMALLEST + f"optimizer: {{learning_rate: {written}}}"
@@ -85,7 +86,7 @@ def test_numbers_as_papers_write_them(tmp_path: Path, written: str, value: float
     )
 
 
-def test_words_like_numbers_stay_words(tmp_path: Path) -> None:
+def test_number_like_strings_stay_strings(tmp_path: Path) -> None:
     config = load(
         tmp_path, SMALLEST.replace("shards: shards", "shards: shards-5e-4"), "--data.tokenizer=v1e5"
     )
@@ -95,7 +96,7 @@ def test_words_like_numbers_stay_words(tmp_path: Path) -> None:
     )
 
 
-def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load(tmp_path)
     assert config.run_dir == str(tmp_path / "runs" / "a")
@@ -152,7 +153,7 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("data.seq_len=128", "cannot read the argument 'data.seq_len=128'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, override: str, message: str) -> None:
+def test_wrong_setting_is_refused_in_one_line(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load(
             tmp_path,
@@ -163,7 +164,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, override: str, messag
 
 
 @pytest.mark.parametrize("key", ["run_dir", "data", "data.shards", "data.tokenizer", "training"])
-def test_what_is_missing_is_named(tmp_path: Path, key: str) -> None:
+def test_missing_setting_is_named(tmp_path: Path, key: str) -> None:
     tree = yaml.safe_load(SMALLEST)
     *sections, name = key.split(".")
     del (tree[sections[0]] if sections else tree)[name]
@@ -186,26 +187,26 @@ def test_what_is_missing_is_named(tmp_path: Path, key: str) -> None:
         (SMALLEST.encode() + b"1: 2\n", "1: Keys should be strings"),
     ],
 )
-def test_what_is_no_config_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_malformed_config_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(UserError, match=rf"bad\.yaml.*{message}"):
         load_config(tmp_path / "bad.yaml")
 
 
 @pytest.mark.parametrize("name", ["nothing.yaml", ""])
-def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+def test_unreadable_config_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"cannot read the config {tmp_path / name}: "):
         load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_config_loads_and_survives_saving(tmp_path: Path, path: Path) -> None:
+def test_shipped_config_survives_saving(tmp_path: Path, path: Path) -> None:
     config = load_config(path)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 
 
-def test_saving_keeps_every_value(tmp_path: Path) -> None:
+def test_saving_keeps_special_values(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         SMALLEST.replace("runs/a", "\"läufe/#1: 'x' \""),
@@ -254,9 +255,7 @@ MAY_CHANGE = {
 
 
 @pytest.mark.parametrize(("key", "value"), CHANGES.items())
-def test_a_run_refuses_another_config_and_names_the_change(
-    tmp_path: Path, key: str, value: object
-) -> None:
+def test_run_refuses_changed_result_setting(tmp_path: Path, key: str, value: object) -> None:
     config = load(tmp_path)
     with pytest.raises(UserError) as error:
         refuse_other_run(with_value(config, key, value), config)
@@ -266,16 +265,14 @@ def test_a_run_refuses_another_config_and_names_the_change(
 
 
 @pytest.mark.parametrize(("key", "value"), MAY_CHANGE.items())
-def test_what_does_not_change_the_result_may_change(
-    tmp_path: Path, key: str, value: object
-) -> None:
+def test_run_accepts_changed_execution_setting(tmp_path: Path, key: str, value: object) -> None:
     config = load(tmp_path)
     changed = with_value(config, key, value)
     assert changed != config
     refuse_other_run(changed, config)
 
 
-def test_every_setting_either_may_change_or_is_kept(tmp_path: Path) -> None:
+def test_every_setting_is_fixed_or_changeable(tmp_path: Path) -> None:
     fixed = fixed_settings(load(tmp_path))
     described = {
         line.split("=")[0].strip(" -")
@@ -287,7 +284,7 @@ def test_every_setting_either_may_change_or_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["2026", "2026-11-22", "1e5", "a #1", "true", "[x"])
-def test_a_folder_may_have_any_name(name: str) -> None:
+def test_run_dir_may_look_like_yaml_value(name: str) -> None:
     assert (
         load_config(ROOT / "configs/quickstart.yaml", [f"--run_dir=/tmp/{name}"]).run_dir
         == f"/tmp/{name}"
@@ -297,17 +294,18 @@ def test_a_folder_may_have_any_name(name: str) -> None:
     )
 
 
-def test_home_is_meant_by_a_tilde() -> None:
+def test_tilde_expands_to_home() -> None:
     assert load_config(ROOT / "configs/quickstart.yaml", ["--run_dir=~/x"]).run_dir == str(
         Path.home() / "x"
     )
 
 
-def test_a_section_given_twice_is_refused_and_an_empty_one_has_its_defaults(tmp_path: Path) -> None:
+def test_duplicate_section_fails_and_empty_has_defaults(tmp_path: Path) -> None:
     text = (ROOT / "configs/quickstart.yaml").read_text()
     (tmp_path / "twice.yaml").write_text(text + "optimizer:\n  learning_rate: 1\n")
     with pytest.raises(UserError, match="optimizer is given twice"):
         load_config(tmp_path / "twice.yaml")
+
     (tmp_path / "empty.yaml").write_text(text + "masking:\n")
     assert load_config(tmp_path / "empty.yaml", ["--masking.ratio=0.3"]).masking.ratio == 0.3
     assert load_config(tmp_path / "empty.yaml").masking.ratio == 0.15

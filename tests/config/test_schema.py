@@ -1,4 +1,4 @@
-"""What a config may say, whatever file or argument says it."""
+"""The schema accepts epochs in place of max_steps, and refuses invalid stages."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def load(tmp_path: Path, text: str = SMALLEST, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
-def test_length_may_be_changed_from_steps_to_epochs(tmp_path: Path) -> None:
+def test_epochs_replace_max_steps(tmp_path: Path) -> None:
     config = load(tmp_path, SMALLEST, "--training.max_steps=null", "--training.epochs=2.5")
     assert (config.training.max_steps, config.training.epochs) == (None, 2.5)
 
@@ -35,6 +35,6 @@ def test_length_may_be_changed_from_steps_to_epochs(tmp_path: Path) -> None:
         ("3", "stages: "),
     ],
 )
-def test_stages_that_cannot_be_are_refused(tmp_path: Path, stages: str, message: str) -> None:
+def test_invalid_stages_are_refused(tmp_path: Path, stages: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(tmp_path, SMALLEST, f"--stages={stages}")

@@ -1,4 +1,4 @@
-"""What a step is shown: the right tokens, and the same rows on any number of ranks."""
+"""A step shows the right tokens, and the same rows on any number of ranks."""
 
 import itertools
 from pathlib import Path
@@ -28,7 +28,7 @@ SMALL = [
     f"--data.seq_len={LENGTH}",
 ]
 
-# A row as the model sees it, without padding: its ids, and label by masked position.
+# A row without padding: its ids, and pairs of masked position and label.
 Row = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 
 
@@ -45,7 +45,7 @@ def count(sequences: Sequences) -> int:
 
 
 def batches_of(sequences: Sequences, order: Order, mask: Masker, plan: BatchPlan) -> Batches:
-    """A run of one stage."""
+    """Return the batches of a run with one stage."""
     return Batches([Stage(0, 0, plan, sequences, order)], mask, PAD)
 
 
@@ -69,14 +69,15 @@ def rows_of(batch: Batch | MaskedRows) -> list[Row]:
 
 
 def sequences_of(kind: str, shards_dir: Path, tokenizer_dir: Path) -> tuple[Sequences, int]:
-    vocabulary, shards = load_tokenizer(tokenizer_dir), open_shards(shards_dir).splits["held_out"]
+    vocabulary = load_tokenizer(tokenizer_dir)
+    shards = open_shards(shards_dir).splits["held_out"]
     if kind == "padded":
         return Padded(shards, 64, BOS, EOS, PAD), vocabulary.size
     return Contiguous(shards, 64, BOS, PAD), vocabulary.size
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "padded"])
-def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(
+def test_step_is_independent_of_ranks_and_micro_batches(
     kind: str, shards_dir: Path, tokenizer_dir: Path
 ) -> None:
     sequences, vocab_size = sequences_of(kind, shards_dir, tokenizer_dir)
@@ -85,7 +86,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(
     def step(
         number: int, world_size: int, micro_batch_size: int
     ) -> tuple[list[Row], list[Row], int, int]:
-        """Rows of a step in their order, its empty rows, tokens, pairs."""
+        """Return the ordered rows of a step, its empty rows, tokens and pairs."""
         plan = BatchPlan(12, micro_batch_size, world_size)
         batches = batches_of(sequences, order, masker(vocab_size), plan)
         dealt = [
@@ -103,12 +104,8 @@ def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(
         )
 
     seen = set()
-    for number in (
-        0,
-        1,
-        (count(sequences) - 1) // 12,
-        10**6,
-    ):  # the third holds the end of an epoch
+    last_of_epoch = (count(sequences) - 1) // 12
+    for number in (0, 1, last_of_epoch, 10**6):
         expected, empty, tokens, pairs = step(number, 1, 12)
         epochs, samples = order.at(number * 12 + np.arange(12))
         assert (
@@ -122,6 +119,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(
             sum(len(ids) ** 2 for ids, _ in expected),
         )
         seen.add(tuple(expected))
+
         for world_size, micro_batch_size in itertools.product((1, 2, 3, 5), (1, 2, 5, 12)):
             rows, empty, *work = step(number, world_size, micro_batch_size)
             assert rows == expected
@@ -130,11 +128,11 @@ def test_a_step_is_the_same_on_any_number_of_ranks_in_any_micro_batches(
     assert len(seen) == 4
 
 
-def test_an_epoch_shows_every_sequence_once(shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_epoch_shows_every_sequence_once(shards_dir: Path, tokenizer_dir: Path) -> None:
     sequences, vocab_size = sequences_of("contiguous", shards_dir, tokenizer_dir)
     plan = BatchPlan(8, 3, 2)
     batches = batches_of(sequences, shuffled(sequences, 0), masker(vocab_size), plan)
-    shown: list[list[tuple[int, ...]]] = [[], []]  # by epoch
+    shown_by_epoch: list[list[tuple[int, ...]]] = [[], []]
     for step in range(-(-count(sequences) // 8)):
         epochs, samples = batches.samples(step)
         dealt = [
@@ -147,16 +145,14 @@ def test_an_epoch_shows_every_sequence_once(shards_dir: Path, tokenizer_dir: Pat
         ):
             original = np.array(ids)
             original[[position for position, _ in answers]] = [label for _, label in answers]
-            shown[epoch] += [tuple(original.tolist())] if sample >= 0 else []
-    assert sorted(shown[0]) == sorted(
+            shown_by_epoch[epoch] += [tuple(original.tolist())] if sample >= 0 else []
+    assert sorted(shown_by_epoch[0]) == sorted(
         map(tuple, sequences.rows(np.arange(count(sequences))).tolist())
     )
 
 
-def test_a_rank_reads_from_few_shards_of_a_window() -> None:
-    """Rows are dealt in the order of their samples: two ranks read from half of the shards each,
-    and one more.
-    """
+def test_rank_reads_few_shards_of_window() -> None:
+    """Ranks get rows in the order of samples: each of two ranks reads about half of the shards."""
     sequences = Contiguous(streams(*(np.arange(100, 1000) for _ in range(16))), 10, BOS, PAD)
     batches = batches_of(
         sequences, Shuffled(sequences.samples_per_shard, 16, 0), masker(), BatchPlan(160, 8, 2)
@@ -189,8 +185,9 @@ def test_evaluation_ends_with_empty_rows() -> None:
     assert (last.tokens, last.attended_pairs) == (9, 81)
 
 
-def test_attention_mask_is_there_where_padding_is() -> None:
-    plan, order = BatchPlan(3, 4, 1), Sequential(2)
+def test_attention_mask_marks_padding() -> None:
+    plan = BatchPlan(3, 4, 1)
+    order = Sequential(2)
     full = batches_of(
         Contiguous(streams(np.arange(100, 120)), 11, BOS, PAD), order, masker(ratio=0.5), plan
     ).micro_batch(0, 0, 0)
@@ -209,7 +206,7 @@ def test_attention_mask_is_there_where_padding_is() -> None:
     assert (padded.tokens, padded.attended_pairs) == (5 + 3, 25 + 9)
 
 
-def test_every_micro_batch_has_the_same_shape(shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_micro_batches_have_equal_shapes(shards_dir: Path, tokenizer_dir: Path) -> None:
     sequences, vocab_size = sequences_of("contiguous", shards_dir, tokenizer_dir)
     plan = BatchPlan(10, 3, 2)
     batches = batches_of(sequences, shuffled(sequences, 0), masker(vocab_size), plan)
@@ -225,7 +222,7 @@ def test_every_micro_batch_has_the_same_shape(shards_dir: Path, tokenizer_dir: P
 
 
 def batch_of(packing: str, shards_dir: Path, tokenizer_dir: Path) -> Batch:
-    """Three rows of the training split, the last of them empty."""
+    """Return three rows of the training split, the last one empty."""
     where = [
         f"--data.shards={shards_dir}",
         f"--data.tokenizer={tokenizer_dir}",
@@ -236,14 +233,14 @@ def batch_of(packing: str, shards_dir: Path, tokenizer_dir: Path) -> Batch:
     return data.training_batches(1).micro_batch(3, 1, 0)
 
 
-def test_documents_start_with_their_row_and_behind_every_end() -> None:
+def test_documents_start_at_rows_and_after_end_tokens() -> None:
     rows = [[BOS, 5, 6, EOS, 7, EOS], [BOS, EOS, EOS, 5, 6, 7], [BOS, PAD, PAD, PAD, PAD, PAD]]
     starts = document_starts(np.array(rows), EOS)
     assert starts.tolist() == [0, 4, 6, 8, 9, 12, *[18] * 58]
 
 
 @pytest.mark.parametrize(("documents", "size"), [(1, 64), (63, 64), (64, 128), (200, 256)])
-def test_starts_have_few_shapes_and_always_an_end(documents: int, size: int) -> None:
+def test_document_starts_are_padded_to_few_sizes(documents: int, size: int) -> None:
     starts = document_starts(np.array([[EOS] * (documents - 1) + [5, 6]]), EOS)
     assert starts.shape == (size,)
     assert (
@@ -251,9 +248,7 @@ def test_starts_have_few_shapes_and_always_an_end(documents: int, size: int) -> 
     )
 
 
-def test_isolated_shows_what_contiguous_shows_and_counts_the_pairs_inside_documents(
-    shards_dir: Path, tokenizer_dir: Path
-) -> None:
+def test_isolated_rows_count_pairs_within_documents(shards_dir: Path, tokenizer_dir: Path) -> None:
     isolated, contiguous = (
         batch_of(packing, shards_dir, tokenizer_dir) for packing in ("isolated", "contiguous")
     )
@@ -268,11 +263,10 @@ def test_isolated_shows_what_contiguous_shows_and_counts_the_pairs_inside_docume
     assert contiguous.attended_pairs == 2 * LENGTH**2 > isolated.attended_pairs
 
 
-def test_a_random_word_that_is_the_end_token_ends_nothing() -> None:
+def test_random_end_token_ends_no_document() -> None:
     stream = np.array([*range(3, 12), EOS, *range(3, 13)])
-    masker = Masker(
-        0.9, 0.0, 1.0, EOS + 1, MASK, (BOS, PAD, EOS), seed=0
-    )  # shows <s>, <pad> and </s> only
+    # Every replacement is <s>, <pad> or </s>.
+    masker = Masker(0.9, 0.0, 1.0, EOS + 1, MASK, (BOS, PAD, EOS), seed=0)
     stage = Stage(
         0, 0, BatchPlan(1, 1, 1), Contiguous(streams(stream), 21, BOS, PAD), Sequential(1)
     )

@@ -1,4 +1,4 @@
-"""What a run opens: shards, tokenizer, and the batches that its config asks for."""
+"""A run opens its shards, its tokenizer and the batches of its config."""
 
 from pathlib import Path
 
@@ -12,10 +12,8 @@ from kantai.data.masking import IGNORED_LABEL
 from tests.helpers.commands import CONFIG
 
 
-def test_all_shards_of_a_window_stay_open(
-    shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    """What is fetched takes space while it is open: of that, no more."""
+def test_shards_of_window_stay_open(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Open fetched shards take cache space, so that only one window of them stays open."""
     fsspec.filesystem("memory").put(str(shards_dir), "/window", recursive=True)
     for where, window, expected in (
         (shards_dir, 64, 512),
@@ -34,11 +32,9 @@ def test_all_shards_of_a_window_stay_open(
         assert [split.open_at_once for split in data.shards.splits.values()] == [expected] * 2
 
 
-def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(
-    shards_dir: Path, tokenizer_dir: Path
-) -> None:
+def test_masking_config_changes_training_rows_only(shards_dir: Path, tokenizer_dir: Path) -> None:
     def batches(**masking: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Training rows of the first and the last step, held-out rows, all as shown."""
+        """Return the labels of the first and last training step, and held-out ids."""
         tree = {
             "run_dir": "",
             "data": {"shards": str(shards_dir), "tokenizer": str(tokenizer_dir), "seq_len": 64},
@@ -49,7 +45,8 @@ def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(
                 tree | {"training": {"max_steps": 9}, "masking": masking, "batch": sizes}
             )
         )
-        training, held_out = data.training_batches(1), data.held_out_batches(rows=64)[0]
+        training = data.training_batches(1)
+        held_out = data.held_out_batches(rows=64)[0]
         return (
             training.micro_batch(0, 0, 0).labels,
             training.micro_batch(8, 0, 0).labels,
@@ -61,6 +58,7 @@ def test_a_run_hides_what_its_config_says_and_evaluates_on_single_tokens(
         first, last, held_out = batches(unit=unit)
         assert first.shape == last.shape == (64, slots)
         assert np.array_equal(held_out, expected)
+
         first, last, held_out = batches(unit=unit, final_ratio=0.6)
         assert abs((last != IGNORED_LABEL).sum() / (first != IGNORED_LABEL).sum() - 4) < 0.2
         assert np.array_equal(held_out, expected)

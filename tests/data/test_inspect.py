@@ -1,4 +1,4 @@
-"""Anyone can see what a run was shown, and compare it with what another was."""
+"""inspect_data prints and hashes the data that a run sees."""
 
 from pathlib import Path
 
@@ -23,23 +23,23 @@ def settings(many_shards_dir: Path, tokenizer_dir: Path) -> list[str]:
     ]
 
 
-def printed(*arguments: object) -> str:
+def inspect_data(*arguments: object) -> str:
     done = script("inspect_data", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_inspect_describes_shards(many_shards_dir: Path, tokenizer_dir: Path) -> None:
     train = open_shards(many_shards_dir).splits["train"]
-    said = printed("--shards", many_shards_dir, "--tokenizer", tokenizer_dir)
+    output = inspect_data("--shards", many_shards_dir, "--tokenizer", tokenizer_dir)
     assert (
         f"train: {train.documents.sum():,} documents, {train.tokens.sum():,} tokens, {len(train)} "
-        "shards" in said
+        "shards" in output
     )
     longest = max(int(shard.lengths.max()) for shard in train)
     assert (
-        f"mean {train.tokens.sum() / train.documents.sum():,.1f}; 0 %: " in said
-        and f"100 %: {longest:,}" in said
+        f"mean {train.tokens.sum() / train.documents.sum():,.1f}; 0 %: " in output
+        and f"100 %: {longest:,}" in output
     )
     lengths = np.concatenate([shard.lengths for shard in train])
     shares = [
@@ -47,19 +47,20 @@ def test_shards_are_described(many_shards_dir: Path, tokenizer_dir: Path) -> Non
     ]
     assert (
         f"tokens left out   {shares[0]:.1%} at seq_len 128, {shares[1]:.1%} at seq_len 512: "
-        in said
+        in output
         and shares[0] > 0.1
     )
-    assert "'</s>' " in said and "' the' " in said
-    assert "' the' " not in printed(
-        "--shards", many_shards_dir
-    )  # ids alone, without their tokenizer
+    assert "'</s>' " in output and "' the' " in output
+    # Without a tokenizer, inspect_data prints ids only.
+    assert "' the' " not in inspect_data("--shards", many_shards_dir)
 
 
-def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer_dir: Path) -> None:
-    """With the true words in the place of their masks, each row is a piece of the split."""
+def test_inspect_decodes_step(
+    settings: list[str], many_shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    """Each row is a piece of the split once the true words replace the masks."""
     vocabulary = load_tokenizer(tokenizer_dir)
-    said = printed(
+    output = inspect_data(
         *settings,
         "--masking.mask_share=1.0",
         "--masking.random_share=0.0",
@@ -72,8 +73,9 @@ def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer
         "--rows",
         9,
     )
-    assert "step 3: 10 sequences a step = 3 ranks x 1 micro-steps x 4, 2 of them empty" in said
-    rows = said.split("\nrow ")[1:]
+    assert "step 3: 10 sequences a step = 3 ranks x 1 micro-steps x 4, 2 of them empty" in output
+
+    rows = output.split("\nrow ")[1:]
     assert [row.split(":")[0] for row in rows] == ["8", "9"]
     split = "".join(
         vocabulary.tokenizer.decode(shard.tokens, skip_special_tokens=False)
@@ -88,11 +90,11 @@ def test_a_step_is_decoded(settings: list[str], many_shards_dir: Path, tokenizer
 
 
 @pytest.mark.slow
-def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings: list[str]) -> None:
+def test_hash_depends_on_data_only(settings: list[str]) -> None:
     def hashed(first: int, stop: int, *changes: str) -> str:
-        said = printed(*settings, *changes, "--hash", first, stop)
-        assert said.startswith(f"steps {first} to {stop - 1}: ")
-        return said.split()[-1]
+        output = inspect_data(*settings, *changes, "--hash", first, stop)
+        assert output.startswith(f"steps {first} to {stop - 1}: ")
+        return output.split()[-1]
 
     found = hashed(5, 25)
     assert (
@@ -111,20 +113,22 @@ def test_the_hash_of_a_stretch_is_that_of_the_data_and_of_nothing_else(settings:
 
 
 @pytest.mark.slow
-def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(
-    settings: list[str], tmp_path: Path
-) -> None:
+def test_inspect_follows_skipped_data(settings: list[str], tmp_path: Path) -> None:
     run = [*settings, f"--run_dir={tmp_path}"]
-    by_the_config = {
-        what: printed(*run, *what) for what in (("--step", 9), ("--hash", 9, 12), ("--step", 3))
+    without_skip = {
+        query: inspect_data(*run, *query)
+        for query in (("--step", 9), ("--hash", 9, 12), ("--step", 3))
     }
     save_config(load_config(settings[1], run[2:]), tmp_path / "config.yaml")
     (tmp_path / "skipped_data.jsonl").write_text('{"from_step": 4, "first": 4, "stop": 8}\n')
-    said = printed(*run, "--step", 5)
-    assert "its data is that of step 9 by the config: the run skipped" in said
-    assert said.split("\nrow ")[1:] == by_the_config["--step", 9].split("\nrow ")[1:]
-    assert printed(*run, "--hash", 5, 8).split()[-1] == by_the_config["--hash", 9, 12].split()[-1]
-    assert printed(*run, "--step", 3) == by_the_config["--step", 3]
+    output = inspect_data(*run, "--step", 5)
+    assert "its data is that of step 9 by the config: the run skipped" in output
+    assert output.split("\nrow ")[1:] == without_skip["--step", 9].split("\nrow ")[1:]
+    assert (
+        inspect_data(*run, "--hash", 5, 8).split()[-1] == without_skip["--hash", 9, 12].split()[-1]
+    )
+    assert inspect_data(*run, "--step", 3) == without_skip["--step", 3]
+
     done = script("inspect_data", *run, "--seed=77", "--step", 5)
     assert (
         done.returncode == 2
@@ -144,6 +148,6 @@ def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(
         (["--config", CONFIG, "--step", "-1"], "steps are counted from 0"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said(arguments: list[str], message: str) -> None:
+def test_invalid_arguments_are_refused_in_one_line(arguments: list[str], message: str) -> None:
     done = script("inspect_data", *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What goes wrong in a loader's process is said as it is in the run's own."""
+"""An error of a loader's process reads like one of the run's own process."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from tests.helpers.commands import CONFIG, TINY
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_wrong_with_the_data_is_said_as_it_is_by_loader_processes_too(
+def test_damaged_shards_raise_equal_error_in_workers(
     workers: int, many_shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     shards = shutil.copytree(many_shards_dir, tmp_path / "shards")
@@ -31,10 +31,10 @@ def test_what_is_wrong_with_the_data_is_said_as_it_is_by_loader_processes_too(
         path.write_bytes(bytes(path.stat().st_size))
     try:
         next(stream(batches, 0, 0, 1, workers))
-        pytest.fail("was read")
+        pytest.fail("the damaged shards were read")
     except UserError as error:
         assert re.fullmatch(r"damaged shards: [^\n]*", str(error))
-        # The error and the frame that raised it hold each other. The garbage collector, in some
-        # later test, would take the loader's queues away before its processes are told to end, and
-        # then wait for them: 20 seconds, or at the session's end for ever.
+        # The error and the frame that raised it refer to each other. In a later test, the garbage
+        # collector would free the loader's queues before the loader tells its processes to end.
+        # It would then wait for the processes: 20 seconds, or forever at the session's end.
         error.__traceback__ = None

@@ -1,6 +1,4 @@
-"""The masks are RoBERTa's, measured against transformers' own collator, and a pure function of
-(seed, epoch, sample).
-"""
+"""Masks have the statistics of transformers' collator, and depend on (seed, epoch, sample) only."""
 
 import dataclasses
 import hashlib
@@ -36,7 +34,7 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 def toy_words(vocab_size: int = VOCAB_SIZE) -> Words:
-    """Words that begin with an id that 3 divides."""
+    """Build words that begin at ids divisible by 3."""
     kinds = np.stack([np.arange(vocab_size) % 3 != 0, np.ones(vocab_size)]).astype(np.uint8)
     kinds[:, list(SPECIAL)] = 0
     return Words(*kinds)
@@ -45,7 +43,7 @@ def toy_words(vocab_size: int = VOCAB_SIZE) -> Words:
 ROBERTA = Masker(0.15, 0.8, 0.1, VOCAB_SIZE, MASK, SPECIAL, seed=5, words=toy_words())
 
 
-def of_unit(unit: Unit) -> Masker:
+def masker_for(unit: Unit) -> Masker:
     return dataclasses.replace(ROBERTA, unit=unit)
 
 
@@ -55,7 +53,7 @@ def mask(masker: Masker, rows: np.ndarray, epoch: int = 0, first_sample: int = 0
 
 
 def toy_words_of(row: list[int]) -> list[list[int]]:
-    """Positions of the words of a row, long ones in pieces."""
+    """Return the positions of a row's words, long words in pieces."""
     words: list[list[int]] = []
     for place, token in enumerate(row):
         if token in SPECIAL:
@@ -67,7 +65,7 @@ def toy_words_of(row: list[int]) -> list[list[int]]:
 
 
 def is_masked(rows: np.ndarray, masked: MaskedRows) -> np.ndarray:
-    """Where tokens are to be predicted, [rows, length]."""
+    """Return where the model predicts tokens, [rows, length]."""
     where = np.zeros(rows.shape, np.bool_)
     real = masked.labels != IGNORED_LABEL
     where[np.nonzero(real)[0], masked.masked_positions[real]] = True
@@ -75,47 +73,44 @@ def is_masked(rows: np.ndarray, masked: MaskedRows) -> np.ndarray:
 
 
 def ordinary_rows(count: int, ordinary: int) -> np.ndarray:
-    """Rows of ``<s>`` and ordinary tokens."""
+    """Return rows of ``<s>`` and ordinary tokens."""
     rows = np.random.default_rng(0).integers(len(SPECIAL), VOCAB_SIZE, (count, ordinary + 1))
     rows[:, 0] = BOS
     return rows
 
 
 def assert_share(successes: float, trials: float, share: float) -> None:
-    """Fails once in 15,000 fair trials, and seeds are fixed."""
+    """Allow 4 standard errors: a fair share fails once in 15,000 times. Seeds are fixed."""
     assert abs(successes / trials - share) <= 4 * math.sqrt(share * (1 - share) / trials), (
         successes / trials,
         share,
     )
 
 
-def test_a_row_by_hand() -> None:
+def test_masked_row_matches_hand_calculation() -> None:
     row = np.array([[BOS, 10, 11, UNK, 12, 13, EOS, PAD]])
     masked = Masker(0.5, 1.0, 0.0, VOCAB_SIZE, MASK, SPECIAL, seed=0)(
         row, np.array([0]), np.array([0]), 0
     )
     assert masked.labels.shape == masked.masked_positions.shape == (1, 4)  # int(0.5 * 7) + 1
-    assert (masked.labels[0] != IGNORED_LABEL).tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]  # half of the four ordinary tokens
+    # Half of the four ordinary tokens.
+    assert (masked.labels[0] != IGNORED_LABEL).tolist() == [True, True, False, False]
     first, second = masked.masked_positions[0, :2].tolist()
-    assert {first, second} < {1, 2, 4, 5} and masked.masked_positions[0, 2:].tolist() == [0, 0]
+    assert {first, second} < {1, 2, 4, 5}
+    assert masked.masked_positions[0, 2:].tolist() == [0, 0]
     assert masked.labels[0, :2].tolist() == row[0, [first, second]].tolist()
     assert masked.input_ids[0].tolist() == [
         MASK if place in (first, second) else token for place, token in enumerate(row[0].tolist())
     ]
 
 
-def test_words_by_hand() -> None:
+def test_masked_words_match_hand_calculation() -> None:
     rows = np.tile([BOS, 6, 7, 8, EOS, 10, 9, 11, 13, 14, 12, 16, PAD, PAD], (1000, 1))
     words = [(1, 2, 3), (5,), (6, 7, 8, 9), (10, 11)]
     masked = mask(Masker(0.5, 1.0, 0.0, VOCAB_SIZE, MASK, SPECIAL, 0, "word", toy_words()), rows)
     found = {tuple(np.flatnonzero(ids == MASK).tolist()) for ids in masked.input_ids}
-    # Of ten tokens five: four words in any order, as many as fit, with or without the one that does
-    # not.
+    # Five of ten tokens: the four words come in any order, and the words that fit are masked. The
+    # first word that does not fit may be masked too.
     expected = set()
     for order in permutations(words):
         ends = list(accumulate(map(len, order)))
@@ -126,7 +121,7 @@ def test_words_by_hand() -> None:
     assert found == expected
 
 
-def test_tokens_are_masked_as_they_were_in_runs_of_old() -> None:
+def test_token_masks_match_recorded_hash() -> None:
     found = hashlib.sha256()
     for length, ratio, count in [
         (2, 0.15, 7),
@@ -155,7 +150,9 @@ def test_tokens_are_masked_as_they_were_in_runs_of_old() -> None:
     length=st.integers(2, 40),
     seed=st.integers(0, 2**63),
 )
-def test_any_rows(data: st.DataObject, unit: Unit, ratio: float, length: int, seed: int) -> None:
+def test_masks_keep_invariants_for_any_rows(
+    data: st.DataObject, unit: Unit, ratio: float, length: int, seed: int
+) -> None:
     rows = np.array(
         data.draw(
             st.lists(
@@ -196,12 +193,11 @@ def test_any_rows(data: st.DataObject, unit: Unit, ratio: float, length: int, se
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_row_has_its_mask_wherever_it_stands(unit: Unit) -> None:
-    rows, masker = ordinary_rows(8, 63), of_unit(unit)
-    epochs, samples = (
-        np.array([0, 0, 1, 1, 7, 7, 7, 10**6]),
-        np.array([0, 1, 0, 1, 5, 6, 10**10, 3]),
-    )
+def test_mask_is_independent_of_place_in_batch(unit: Unit) -> None:
+    rows = ordinary_rows(8, 63)
+    masker = masker_for(unit)
+    epochs = np.array([0, 0, 1, 1, 7, 7, 7, 10**6])
+    samples = np.array([0, 1, 0, 1, 5, 6, 10**10, 3])
     together = masker(rows, epochs, samples, 0)
     shuffled = np.random.default_rng(1).permutation(8)
     again = masker(rows[shuffled], epochs[shuffled], samples[shuffled], 0)
@@ -220,24 +216,25 @@ def test_a_row_has_its_mask_wherever_it_stands(unit: Unit) -> None:
 def test_padding_changes_no_mask(unit: Unit, length: int) -> None:
     rows = ordinary_rows(200, length - 1)
     padded = np.pad(rows, ((0, 0), (0, length)), constant_values=PAD)
-    short, long = mask(of_unit(unit), rows), mask(of_unit(unit), padded)
+    short = mask(masker_for(unit), rows)
+    long = mask(masker_for(unit), padded)
     assert np.array_equal(long.input_ids[:, :length], short.input_ids)
     assert np.array_equal(is_masked(padded, long)[:, :length], is_masked(rows, short))
 
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("other", ["epoch", "sample", "seed"])
-def test_every_epoch_sample_and_seed_has_masks_of_its_own(other: str, unit: Unit) -> None:
+def test_masks_differ_by_epoch_sample_and_seed(other: str, unit: Unit) -> None:
     rows = np.tile(ordinary_rows(1, 255), (100, 1))
     ones = np.ones(100, np.int64)
     if other == "seed":
         masks = [
-            dataclasses.replace(of_unit(unit), seed=seed)(rows[:1], ones[:1], ones[:1], 0)
+            dataclasses.replace(masker_for(unit), seed=seed)(rows[:1], ones[:1], ones[:1], 0)
             for seed in range(100)
         ]
         found = {mask.input_ids.tobytes() for mask in masks}
     else:
-        masked = of_unit(unit)(
+        masked = masker_for(unit)(
             rows,
             np.arange(100) if other == "epoch" else ones,
             np.arange(100) if other == "sample" else ones,
@@ -249,19 +246,18 @@ def test_every_epoch_sample_and_seed_has_masks_of_its_own(other: str, unit: Unit
 
 @pytest.mark.parametrize("unit", ["token", "span"])
 @pytest.mark.parametrize("ordinary", [1, 2, 3, 7, 63])
-def test_share_is_right_on_average_for_rows_of_any_length(unit: Unit, ordinary: int) -> None:
+def test_average_share_matches_ratio_at_any_length(unit: Unit, ordinary: int) -> None:
     rows = ordinary_rows(40_000, ordinary)
-    counts = is_masked(rows, mask(of_unit(unit), rows)).sum(1)
+    counts = is_masked(rows, mask(masker_for(unit), rows)).sum(1)
     whole = math.floor(0.15 * ordinary)
     assert set(counts.tolist()) == {whole, whole + 1}
     assert_share(int((counts - whole).sum()), len(rows), 0.15 * ordinary - whole)
 
 
 @pytest.mark.parametrize("ordinary", [1, 2, 3, 7, 63, 127])
-@pytest.mark.parametrize(
-    "divisor", [1, 3, VOCAB_SIZE]
-)  # words of one token; of three on average; a row that is one word
-def test_share_of_whole_words_is_right_on_average(ordinary: int, divisor: int) -> None:
+# Words have one token, three on average, or the whole row.
+@pytest.mark.parametrize("divisor", [1, 3, VOCAB_SIZE])
+def test_average_share_matches_ratio_for_words(ordinary: int, divisor: int) -> None:
     words = toy_words()
     words.begins[len(SPECIAL) :] = np.arange(len(SPECIAL), VOCAB_SIZE) % divisor != 0
     rows = ordinary_rows(20_000, ordinary)
@@ -272,19 +268,21 @@ def test_share_of_whole_words_is_right_on_average(ordinary: int, divisor: int) -
     assert abs(counts - 0.15 * ordinary).max() < MAX_WORD_TOKENS
 
 
-def test_spans_are_geometric_in_words_and_replaced_as_a_whole() -> None:
+def test_spans_are_geometric_and_replaced_whole() -> None:
     rows = np.tile(np.array([BOS, *[6, 7] * 250]), (400, 1))  # words of two tokens
     masked = mask(Masker(0.99, 0.5, 0.0, VOCAB_SIZE, MASK, SPECIAL, 3, "span", toy_words()), rows)
-    lengths, mixed = [], 0
+    lengths = []
+    mixed = 0
     for slots, labels, ids in zip(
         masked.masked_positions, masked.labels, masked.input_ids, strict=True
     ):
         positions = slots[labels != IGNORED_LABEL]
-        # In slots, a span is a run of positions. One in a hundred is two: spans that are neighbours
-        # in the row and by chance in the order.
+        # In slots, a span is a run of positions. One run in a hundred is two spans, which are
+        # neighbours in the row and by chance also in the slots.
         spans = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-        lengths += [len(span) for span in spans[:-1]]  # the last is cut short
+        lengths += [len(span) for span in spans[:-1]]  # the ratio cuts the last one short
         mixed += sum(len(set(ids[span] == MASK)) > 1 for span in spans)
+
     words = np.array(lengths) / 2
     assert np.array_equal(words, words.round())
     assert abs(words.mean() - MEAN_SPAN_WORDS) < 0.02 * MEAN_SPAN_WORDS
@@ -299,7 +297,7 @@ def test_spans_are_geometric_in_words_and_replaced_as_a_whole() -> None:
     assert mixed < 0.01 * len(words)
 
 
-def test_places_are_uniform_and_independent() -> None:
+def test_masked_positions_are_uniform_and_independent() -> None:
     rows = ordinary_rows(20_000, 63)
     where = is_masked(rows, mask(ROBERTA, rows))[:, 1:]
     for place in range(63):
@@ -310,7 +308,7 @@ def test_places_are_uniform_and_independent() -> None:
 
 
 def collated(tokenizer_dir: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What transformers' collator makes of rows: ids, and where tokens are to be predicted."""
+    """Return the collator's ids, and where the model predicts tokens."""
     collator = DataCollatorForLanguageModeling(
         AutoTokenizer.from_pretrained(str(tokenizer_dir)), mlm_probability=0.15, seed=9
     )
@@ -321,12 +319,10 @@ def collated(tokenizer_dir: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     return batch["input_ids"].numpy(), (batch["labels"] != -100).numpy()
 
 
-def test_statistics_are_those_of_transformers_collator(
-    shards_dir: Path, tokenizer_dir: Path
-) -> None:
+def test_statistics_match_transformers_collator(shards_dir: Path, tokenizer_dir: Path) -> None:
     stream = open_shards(shards_dir).splits["train"][0].tokens[: 63 * 1700].astype(np.int64)
     rows = np.tile(np.pad(stream.reshape(-1, 63), ((0, 0), (1, 0)), constant_values=BOS), (4, 1))
-    assert (rows[:, 1:] == EOS).sum() > 1000  # some to leave alone
+    assert (rows[:, 1:] == EOS).sum() > 1000  # special tokens to leave alone
 
     ours = mask(ROBERTA, rows)
     random_ids = []
@@ -335,11 +331,11 @@ def test_statistics_are_those_of_transformers_collator(
         assert not where[np.isin(rows, SPECIAL)].any()
         masked = int(where.sum())
         assert_share(masked, int((~np.isin(rows, SPECIAL)).sum()), 0.15)
-        # A random id is <mask> or the token itself once in VOCAB_SIZE.
+        # One random id in VOCAB_SIZE is <mask>, and one is the token itself.
         assert_share(int((ids[where] == MASK).sum()), masked, 0.8 + 0.1 / VOCAB_SIZE)
         assert_share(int((ids[where] == rows[where]).sum()), masked, 0.1 + 0.1 / VOCAB_SIZE)
         random_ids.append(ids[where & (ids != MASK) & (ids != rows)])
-    for found in random_ids:  # the whole vocabulary, special tokens among it
+    for found in random_ids:  # from the whole vocabulary, special tokens included
         assert found.min() < len(SPECIAL) and found.max() > VOCAB_SIZE - 10
         tens = np.bincount(found // 10, minlength=VOCAB_SIZE // 10)
         statistic = ((tens - tens.mean()) ** 2 / tens.mean()).sum()
@@ -350,16 +346,21 @@ def test_statistics_are_those_of_transformers_collator(
 @pytest.mark.parametrize(
     ("mask_share", "random_share"), [(0.8, 0.1), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.3, 0.5)]
 )
-def test_shares_are_the_ones_asked_for(mask_share: float, random_share: float, unit: Unit) -> None:
+def test_replacement_shares_match_settings(
+    mask_share: float, random_share: float, unit: Unit
+) -> None:
     rows = ordinary_rows(4000, 63)
     masked = mask(
         Masker(0.15, mask_share, random_share, VOCAB_SIZE, MASK, SPECIAL, 1, unit, toy_words()),
         rows,
     )
     where = is_masked(rows, masked)
-    shown, total, by_chance = masked.input_ids[where], int(where.sum()), random_share / VOCAB_SIZE
-    # Tokens of a span share their kind: as many fair trials as there are spans, and fewer, since
-    # they differ in length.
+    shown = masked.input_ids[where]
+    total = int(where.sum())
+    by_chance = random_share / VOCAB_SIZE
+
+    # The tokens of a span share their replacement, so that a span is one trial. Spans differ in
+    # length, which costs some more trials.
     tokens_a_trial = 9.45 if unit == "span" else 1
     for found, share in [
         (shown == MASK, mask_share + by_chance),
@@ -368,7 +369,7 @@ def test_shares_are_the_ones_asked_for(mask_share: float, random_share: float, u
         assert_share(int(found.sum()) / tokens_a_trial, total / tokens_a_trial, share)
 
 
-def test_tokens_of_a_word_draw_their_kinds_each() -> None:
+def test_tokens_of_word_are_replaced_independently() -> None:
     rows = np.tile(np.array([BOS, *[6, 7] * 50]), (1000, 1))  # words of two tokens
     masked = mask(Masker(0.15, 0.5, 0.0, VOCAB_SIZE, MASK, SPECIAL, 3, "word", toy_words()), rows)
     hidden = is_masked(rows, masked)[:, 1::2]
@@ -376,36 +377,39 @@ def test_tokens_of_a_word_draw_their_kinds_each() -> None:
     assert_share(int(((shown[:, 0] == MASK) != (shown[:, 1] == MASK)).sum()), len(shown), 0.5)
 
 
-def test_the_ratio_goes_from_the_first_to_the_last_step() -> None:
-    rows, numbers = ordinary_rows(64, 127), np.arange(64)
+def test_ratio_falls_linearly_over_steps() -> None:
+    rows = ordinary_rows(64, 127)
+    numbers = np.arange(64)
     constant = ROBERTA
     assert {constant.ratio_at(step) for step in (0, 5, 10**9)} == {0.15}
+
     falling = dataclasses.replace(ROBERTA, ratio=0.4, final_ratio=0.15, max_steps=101)
     assert [falling.ratio_at(step) for step in (0, 100, 101, 10**9)] == [0.4, 0.15, 0.15, 0.15]
     assert falling.ratio_at(50) == pytest.approx(0.275)
     assert dataclasses.replace(falling, max_steps=1).ratio_at(0) == 0.4
-    assert (
-        dataclasses.replace(falling, ratio=0.95, unit="word").slots(20, 0) == 20
-    )  # there is no room for more
+    # A row has no more slots than tokens.
+    assert dataclasses.replace(falling, ratio=0.95, unit="word").slots(20, 0) == 20
+
     for unit in UNITS:
         scheduled = dataclasses.replace(falling, unit=unit)
         shapes = set()
         for step in range(0, 101, 10):
-            masked, ratio = scheduled(rows, numbers, numbers, step), scheduled.ratio_at(step)
+            masked = scheduled(rows, numbers, numbers, step)
+            ratio = scheduled.ratio_at(step)
             assert abs((masked.labels != IGNORED_LABEL).sum(1).mean() - ratio * 127) < 1
             same = dataclasses.replace(scheduled, ratio=ratio, final_ratio=None)(
                 rows, numbers, numbers, 0
             )
-            assert np.array_equal(
-                masked.input_ids, same.input_ids
-            )  # a step's ratio is all that counts
+            # The step changes the mask through the ratio only.
+            assert np.array_equal(masked.input_ids, same.input_ids)
             shapes.add(masked.labels.shape[1])
         assert len(shapes) <= 6 and all(slots % 8 == 0 for slots in shapes)
 
 
-def pieces(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, set[tuple[int, int]]]:
-    """Where our words begin among a text's tokens, and the pre-tokenizer's words as (first token,
-    first of the next).
+def word_starts(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, set[tuple[int, int]]]:
+    """Return where our words begin in a text's tokens, and the pre-tokenizer's words.
+
+    The latter are pairs of a word's first token and the next word's first token.
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     theirs = [
@@ -418,8 +422,8 @@ def pieces(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, set[tuple[int, 
     return words.starts(np.array([encoding.ids]))[0], set(pairwise(theirs))
 
 
-def test_words_are_the_pre_tokenizers(corpus_file: Path, tokenizer_dir: Path) -> None:
-    starts, theirs = pieces(
+def test_words_match_pre_tokenizer_in_corpus(corpus_file: Path, tokenizer_dir: Path) -> None:
+    starts, theirs = word_starts(
         load_tokenizer(tokenizer_dir).tokenizer, corpus_file.read_text(encoding="utf-8")
     )
     ours = set(pairwise([*np.flatnonzero(starts).tolist(), len(starts)]))
@@ -428,15 +432,15 @@ def test_words_are_the_pre_tokenizers(corpus_file: Path, tokenizer_dir: Path) ->
 
 @given(text=st.text("abc XY,.-_19\n\té\u4e2d", min_size=1, max_size=40))
 @example("  two  spaces\n\n and\n\nlines \n \tx ")
-def test_words_are_exactly_the_pre_tokenizers_in_plain_text(tokenizer_dir: Path, text: str) -> None:
-    starts, theirs = pieces(load_tokenizer(tokenizer_dir).tokenizer, text)
+def test_words_equal_pre_tokenizer_in_plain_text(tokenizer_dir: Path, text: str) -> None:
+    starts, theirs = word_starts(load_tokenizer(tokenizer_dir).tokenizer, text)
     assert set(pairwise([*np.flatnonzero(starts).tolist(), len(starts)])) == theirs
 
 
-def test_words_end_after_contractions_that_are_tokens() -> None:
+def test_words_end_after_contraction_tokens() -> None:
     text = "it's what they'll say: 'tis, don't;(can't), I'd've, we'really"
     tokenizer = train_tokenizer([text] * 5, 400, 2)
-    starts, theirs = pieces(tokenizer, text)
+    starts, theirs = word_starts(tokenizer, text)
     assert tokenizer.token_to_id("'ll") is not None and tokenizer.token_to_id("'t") is not None
     assert set(pairwise([*np.flatnonzero(starts).tolist(), len(starts)])) == theirs
 

@@ -1,4 +1,4 @@
-"""Documents become rows: cut into full sequences, or one a row."""
+"""Packing turns documents into rows: full sequences, or one document in each row."""
 
 import numpy as np
 import pytest
@@ -22,24 +22,19 @@ def test_contiguous_cuts_each_shard_into_full_sequences() -> None:
         np.arange(40, 44, dtype=np.uint16),
     )
     sequences = Contiguous(shards, 5, BOS, PAD)
-    assert sequences.samples_per_shard.tolist() == [
-        3,
-        0,
-        1,
-    ]  # three of the first shard, none of the second, which is too short, one of the third
+    # The second shard is too short for a sequence.
+    assert sequences.samples_per_shard.tolist() == [3, 0, 1]
     assert sequences.rows(np.array([3, 0, -1, 2, 1])).tolist() == [
         [BOS, 40, 41, 42, 43],
         [BOS, 10, 11, 12, 13],
         [BOS, PAD, PAD, PAD, PAD],
-        [BOS, 16, 17, 18, 19],  # the shard's last: starts early enough to be full
+        [BOS, 16, 17, 18, 19],  # the shard's last sequence starts early to be full
         [BOS, 14, 15, 16, 17],
     ]
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), seq_len=st.integers(8, 20))
-def test_contiguous_shows_every_token_of_shards_that_fill_a_sequence(
-    lengths: list[int], seq_len: int
-) -> None:
+def test_contiguous_shows_every_token_of_long_shards(lengths: list[int], seq_len: int) -> None:
     starts = [100, *(100 + np.cumsum(lengths))]
     tokens = [
         np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)
@@ -49,19 +44,18 @@ def test_contiguous_shows_every_token_of_shards_that_fill_a_sequence(
     assert set(rows[:, 1:].flat) == {
         token for stream in tokens if len(stream) >= seq_len - 1 for token in stream.tolist()
     }
-    assert rows[:, 1:].size < sum(lengths) + len(lengths) * seq_len  # and few of them twice
-    assert all(
-        np.array_equal(np.diff(row[1:]), np.ones(seq_len - 2)) for row in rows
-    )  # no row mixes shards
+    # Few tokens appear twice, and no row mixes shards.
+    assert rows[:, 1:].size < sum(lengths) + len(lengths) * seq_len
+    assert all(np.array_equal(np.diff(row[1:]), np.ones(seq_len - 2)) for row in rows)
 
 
-def test_padded_gives_a_document_a_row() -> None:
+def test_padded_puts_one_document_in_row() -> None:
     first = np.array([10, 11, EOS, 12, EOS], np.uint16), [0, 3, 5]
     second = np.array([*range(20, 40), EOS, EOS, *range(40, 47), EOS], np.uint16), [0, 21, 22, 30]
     sequences = Padded(split_of(first, second), 10, BOS, EOS, PAD)
     assert sequences.samples_per_shard.tolist() == [2, 3]
     assert sequences.rows(np.array([2, 1, -1, 3, 4, 0])).tolist() == [
-        [BOS, *range(20, 28), EOS],  # cut, and still ended
+        [BOS, *range(20, 28), EOS],  # a cut document still ends with </s>
         [BOS, 12, EOS, *[PAD] * 7],
         [BOS, *[PAD] * 9],
         [BOS, EOS, *[PAD] * 8],

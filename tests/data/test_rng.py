@@ -1,12 +1,12 @@
-"""Random numbers are a function of their key, and of nothing before them."""
+"""Random numbers depend on their key only."""
 
 import numpy as np
 
 from kantai.data import rng
 
 
-def test_random_numbers_are_those_of_splitmix64() -> None:
-    """The first of seed 1234567, as Rosetta Code lists them for every language."""
+def test_random_numbers_match_splitmix64() -> None:
+    """Rosetta Code lists the first numbers of seed 1234567."""
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -17,7 +17,7 @@ def test_random_numbers_are_those_of_splitmix64() -> None:
     assert rng.bits(np.array([1234567], np.uint64), np.arange(5)).tolist() == published
 
 
-def test_random_numbers_reach_their_bounds_and_no_further() -> None:
+def test_random_numbers_reach_and_keep_bounds() -> None:
     ends = np.array([0, 2**64 - 1], np.uint64)
     assert rng.uniform(ends).tolist() == [0.0, 1 - 2.0**-53]
     assert [rng.below(ends, bound).tolist() for bound in (1, 52_000, 2**32)] == [
@@ -27,7 +27,7 @@ def test_random_numbers_reach_their_bounds_and_no_further() -> None:
     ]
 
 
-def test_keys_depend_on_every_part_and_their_order() -> None:
+def test_keys_depend_on_parts_and_order() -> None:
     keys = {
         int(rng.fold(*parts)[0])
         for parts in [(0,), (0, 0), (0, 0, 0), (1, 0), (0, 1), (1, 2, 3), (3, 2, 1), (1, 3, 2)]

@@ -1,6 +1,4 @@
-"""Shards hold exactly the documents' tokens, whole or not at all, and anything else is told from
-them.
-"""
+"""Shards hold exactly the documents' tokens. Damaged and foreign folders are refused."""
 
 import itertools
 import json
@@ -26,10 +24,10 @@ EOS = 2
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
 
 
-def written(
+def write_shards(
     folder: Path, texts: list[str], shard_tokens: int = SHARD_TOKENS
 ) -> list[dict[str, Any]]:
-    """Shards of the bytes of texts, document by document."""
+    """Write the bytes of each text as one document."""
     folder.mkdir()
     writer = ShardWriter(folder / "train", np.dtype(np.uint16), shard_tokens)
     for text in texts:
@@ -38,24 +36,23 @@ def written(
     return writer.finish()
 
 
-def opened(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
     with path.open("rb") as file:
         return map_shard(file)
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 100, 1000, 1 << 26])
-def test_documents_come_back_in_order(tmp_path: Path, shard_tokens: int) -> None:
-    entries = written(tmp_path / "shards", TEXTS, shard_tokens=shard_tokens)
-    shards = [opened(tmp_path / "shards" / entry["file"]) for entry in entries]
+def test_shards_return_documents_in_order(tmp_path: Path, shard_tokens: int) -> None:
+    entries = write_shards(tmp_path / "shards", TEXTS, shard_tokens=shard_tokens)
+    shards = [open_shard(tmp_path / "shards" / entry["file"]) for entry in entries]
     assert [
         bytes(document[:-1]).decode() for shard in shards for document in documents_of(shard)
     ] == TEXTS
     for entry, shard in zip(entries, shards, strict=True):
         assert (entry["documents"], entry["tokens"]) == (len(shard.lengths), len(shard.tokens))
         assert len(shard.tokens) <= shard_tokens or len(shard.lengths) == 1
-    for shard, following in itertools.pairwise(
-        shards
-    ):  # closed only because the next document did not fit
+    # A shard closes only when the next document does not fit.
+    for shard, following in itertools.pairwise(shards):
         assert len(shard.tokens) + following.lengths[0] > shard_tokens
     assert {path.name for path in (tmp_path / "shards").iterdir()} == {
         entry["file"] for entry in entries
@@ -63,20 +60,19 @@ def test_documents_come_back_in_order(tmp_path: Path, shard_tokens: int) -> None
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_a_token_takes_two_bytes_where_they_hold_it(
-    tmp_path: Path, vocab_size: int, dtype: type
-) -> None:
+def test_token_width_follows_vocabulary_size(tmp_path: Path, vocab_size: int, dtype: type) -> None:
     writer = ShardWriter(tmp_path / "train", token_dtype(vocab_size))
     writer.append(np.array([vocab_size - 1, EOS] * 1000), np.full(1000, 2))
     (entry,) = writer.finish()
-    shard = opened(tmp_path / entry["file"])
+    shard = open_shard(tmp_path / entry["file"])
     assert shard.tokens.dtype == dtype and shard.tokens[:4].tolist() == [vocab_size - 1, EOS] * 2
 
 
-def test_the_real_tokenizers_ids_are_kept(
+def test_shards_keep_tokenizer_ids(
     shards_dir: Path, tokenizer_dir: Path, corpus_file: Path
 ) -> None:
-    vocabulary, shards = load_tokenizer(tokenizer_dir), open_shards(shards_dir)
+    vocabulary = load_tokenizer(tokenizer_dir)
+    shards = open_shards(shards_dir)
     texts = [
         text
         for piece in pieces(find_files([str(corpus_file)]), "paragraph")
@@ -103,7 +99,7 @@ def test_the_real_tokenizers_ids_are_kept(
     assert shards.token_counts()[0].tolist() == counted.tolist()
 
 
-def test_datasets_reads_the_same_rows(tmp_path: Path, many_shards_dir: Path) -> None:
+def test_datasets_library_reads_equal_rows(tmp_path: Path, many_shards_dir: Path) -> None:
     train = open_shards(many_shards_dir).splits["train"]
     files = [str(many_shards_dir / name) for name in train.files]
     rows = datasets.load_dataset(
@@ -114,19 +110,19 @@ def test_datasets_reads_the_same_rows(tmp_path: Path, many_shards_dir: Path) -> 
     ]
 
 
-def test_opening_copies_nothing(tmp_path: Path) -> None:
-    (entry,) = written(tmp_path / "shards", ["x" * 10_000 + str(number) for number in range(100)])
+def test_opening_shard_copies_nothing(tmp_path: Path) -> None:
+    (entry,) = write_shards(
+        tmp_path / "shards", ["x" * 10_000 + str(number) for number in range(100)]
+    )
     before = pa.total_allocated_bytes()
-    shard = opened(tmp_path / "shards" / entry["file"])
+    shard = open_shard(tmp_path / "shards" / entry["file"])
     assert shard.tokens.nbytes > 1_000_000
     assert pa.total_allocated_bytes() - before < 10_000
     for array in (shard.tokens, shard.boundaries):
         assert not array.flags.owndata and not array.flags.writeable
 
 
-def test_a_set_opens_a_shard_when_it_is_asked_for_and_lets_go_of_those_not_used(
-    many_shards_dir: Path,
-) -> None:
+def test_split_closes_least_recently_used_shards(many_shards_dir: Path) -> None:
     train = open_shards(many_shards_dir).splits["train"]
     train.open_at_once = 3
     mapped = [weakref.ref(train[number].tokens) for number in (0, 1, 2, 0, 3)]
@@ -152,12 +148,12 @@ def test_damaged_shard_is_named(tmp_path: Path, shards_dir: Path, damage: Any, n
     damage(tmp_path / "shards" / name)
     with pytest.raises(UserError, match=f"damaged shards: .*{name}"):
         open_shards(tmp_path / "shards")
-    if damage is not flip_a_bit:  # sizes are compared in any case
+    if damage is not flip_a_bit:  # without hashes, sizes are compared
         with pytest.raises(UserError, match=f"damaged shards: .*{name}"):
             open_shards(tmp_path / "shards", hashes=False)
 
 
-def test_folder_that_holds_no_shards_is_named(
+def test_folder_without_valid_shards_is_named(
     tmp_path: Path, shards_dir: Path, tokenizer_dir: Path
 ) -> None:
     with pytest.raises(UserError, match="no shards at"):
@@ -166,6 +162,7 @@ def test_folder_that_holds_no_shards_is_named(
         open_shards(tmp_path)
     with pytest.raises(UserError, match="is not a folder of shards"):
         open_shards(tokenizer_dir)
+
     shutil.copytree(shards_dir, tmp_path / "other")
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
     del manifest["digest"]
@@ -174,6 +171,7 @@ def test_folder_that_holds_no_shards_is_named(
         UserError, match=r"damaged shards: train-000000-000\.arrow holds uint16, not uint32"
     ):
         open_shards(tmp_path / "other").splits["train"][0]
+
     manifest["splits"]["train"]["shards"][0]["tokens"] += 1
     rewrite(tmp_path / "other", manifest)
     with pytest.raises(

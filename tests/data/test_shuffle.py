@@ -1,6 +1,4 @@
-"""The stateless shuffle: every sample once an epoch, in an order that looks random and costs no
-memory.
-"""
+"""The stateless shuffle gives every sample once an epoch, in random order and little memory."""
 
 import math
 import tracemalloc
@@ -17,16 +15,18 @@ HUGE = 10**10
 
 
 def chi_square_is_plausible(counts: np.ndarray) -> bool:
-    """Whether counts may come from equal chances; false for one in some ten thousand fair ones (4
-    standard errors).
+    """Return whether counts may come from equal chances, within 4 standard errors.
+
+    About one fair sample in ten thousand fails.
     """
     expected = counts.sum() / counts.size
-    statistic, freedom = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = counts.size - 1
     return abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
 def shuffled(samples: int, seed: int) -> Shuffled:
-    """All samples in one window."""
+    """Return an order with all samples in one window."""
     return Shuffled(np.array([samples]), 1, seed)
 
 
@@ -46,7 +46,7 @@ def test_permute_is_a_bijection_around_powers_of_two(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [HUGE, 2**33, 2**33 + 1, 2**40])
-def test_huge_sizes_stay_in_range_and_collide_nowhere(size: int) -> None:
+def test_permute_spreads_huge_sizes_without_collisions(size: int) -> None:
     places = np.unique(
         np.concatenate(
             [
@@ -70,16 +70,17 @@ def test_huge_sizes_stay_in_range_and_collide_nowhere(size: int) -> None:
     first=st.integers(0, 1000),
     chunks=st.lists(st.integers(1, 200), min_size=1, max_size=20),
 )
-def test_an_epoch_gives_every_sample_once_however_it_is_asked_for(
+def test_epoch_gives_each_sample_once_in_any_chunks(
     samples_per_shard: list[int], window: int, seed: int, first: int, chunks: list[int]
 ) -> None:
     order = Shuffled(np.array(samples_per_shard), window, seed)
     samples = order.samples
-    start, stop = (
-        first * samples,
-        (first + 2) * samples,
-    )  # two epochs, in pieces that do not end where they end
-    epochs, ids = [], []
+
+    # The chunks of two epochs do not end where the epochs end.
+    start = first * samples
+    stop = (first + 2) * samples
+    epochs = []
+    ids = []
     while start < stop:
         for chunk in chunks:
             positions = np.arange(start, min(start + chunk, stop))
@@ -91,7 +92,7 @@ def test_an_epoch_gives_every_sample_once_however_it_is_asked_for(
     assert sorted(ids[:samples]) == sorted(ids[samples:]) == list(range(samples))
 
 
-def test_every_epoch_and_seed_has_an_order_of_its_own() -> None:
+def test_order_differs_by_epoch_and_seed() -> None:
     places = np.arange(100)
     orders = {
         tuple(shuffled(100, seed).at(epoch * 100 + places)[1].tolist())
@@ -101,7 +102,7 @@ def test_every_epoch_and_seed_has_an_order_of_its_own() -> None:
     assert len(orders) == 400
 
 
-def test_a_position_depends_on_nothing_before_it() -> None:
+def test_position_lookup_is_stateless() -> None:
     order = shuffled(1000, 7)
     whole = order.at(np.arange(5000))[1]
     scattered = np.array([4999, 0, 2500, 2500, 1])
@@ -109,24 +110,25 @@ def test_a_position_depends_on_nothing_before_it() -> None:
 
 
 @pytest.mark.parametrize("size", [7, 20, 37, 64])
-def test_every_place_goes_everywhere_equally_often(size: int) -> None:
+def test_each_position_draws_samples_uniformly(size: int) -> None:
     orders = shuffled(size, 5).at(np.arange(size * 1500))[1].reshape(-1, size)
     for place in (0, 1, size // 2, size - 1):
         assert chi_square_is_plausible(np.bincount(orders[:, place], minlength=size))
 
 
 @pytest.mark.parametrize("size", [7, 20, 37, 64])
-def test_neighbours_do_not_stay_neighbours(size: int) -> None:
+def test_neighbouring_positions_are_independent(size: int) -> None:
     orders = shuffled(size, 6).at(np.arange(size * 1500))[1].reshape(-1, size)
     steps = (orders[:, 1] - orders[:, 0]) % size
     assert chi_square_is_plausible(np.bincount(steps, minlength=size)[1:])
-    # And the same place of two epochs in a row has nothing to do with it.
+
+    # Equal positions of successive epochs are independent too.
     assert chi_square_is_plausible(
         np.bincount((orders[1:, 3] - orders[:-1, 3]) % size, minlength=size)
     )
 
 
-def test_memory_does_not_grow_with_the_samples() -> None:
+def test_memory_is_independent_of_sample_count() -> None:
     def peak_bytes(samples: int) -> int:
         tracemalloc.start()
         shuffled(samples, 1).at(np.arange(samples - 64, samples + 64))
@@ -138,37 +140,36 @@ def test_memory_does_not_grow_with_the_samples() -> None:
 
 
 def windows_of(order: Shuffled, epoch: int, per_window: int) -> list[set[int]]:
-    """The shards that an epoch's samples come from, window by window, where all shards have as many
-    samples.
-    """
+    """Return the shards of an epoch's samples by window. All shards must have equal size."""
     samples = order.at(epoch * order.samples + np.arange(order.samples))[1].reshape(-1, per_window)
     return [set((window // order.samples_per_shard[0]).tolist()) for window in samples]
 
 
 @pytest.mark.parametrize("window", [1, 3, 4, 12, 100])
-def test_a_window_reads_from_its_shards_alone(window: int) -> None:
+def test_window_reads_only_its_shards(window: int) -> None:
     order = Shuffled(np.full(12, 50), window, 3)
     per_window = 50 * min(window, 12)
     epochs = [windows_of(order, epoch, per_window) for epoch in range(30)]
     assert all(len(shards) == min(window, 12) for windows in epochs for shards in windows)
     assert all(set().union(*windows) == set(range(12)) for windows in epochs)
-    assert (
-        len({tuple(map(frozenset, windows)) for windows in epochs}) > 25 or window >= 12
-    )  # and other shards meet each epoch
+    # Other shards meet in each epoch.
+    assert len({tuple(map(frozenset, windows)) for windows in epochs}) > 25 or window >= 12
 
 
-def test_every_sample_of_a_window_is_equally_likely_at_every_place_of_it() -> None:
+def test_window_positions_draw_samples_uniformly() -> None:
     order = Shuffled(np.full(8, 10), 2, 9)  # 4 windows of 20 samples
     samples = order.at(np.arange(80 * 800))[1].reshape(-1, 80)
     for place in (0, 19, 20, 45):
         assert chi_square_is_plausible(np.bincount(samples[:, place], minlength=80))
-    together = samples[:, 0] // 10 * 8 + samples[:, 1] // 10  # shards of the first two samples
+
+    # The shards of a window's first two samples.
+    together = samples[:, 0] // 10 * 8 + samples[:, 1] // 10
     assert chi_square_is_plausible(np.bincount(samples[:, 0] // 10, minlength=8))
     same = (samples[:, 0] // 10 == samples[:, 1] // 10).mean()
     assert abs(same - 9 / 19) < 0.03 and len(np.unique(together)) == 64
 
 
-def test_windows_are_found_from_positions_and_back() -> None:
+def test_windows_and_positions_convert_both_ways() -> None:
     order = Shuffled(np.array([5, 0, 7, 3, 9, 1]), 2, 4)
     starts = [order.position_of(epoch, window) for epoch in range(3) for window in range(3)]
     assert starts[::3] == [0, 25, 50] and starts == sorted(starts)
@@ -182,8 +183,8 @@ def test_windows_are_found_from_positions_and_back() -> None:
             assert order.position_of(*order.next_window(stop - 1)) in (stop, stop - 1)
 
 
-def test_a_hundred_thousand_shards_cost_little() -> None:
-    """10^12 tokens are some 30,000 shards of 65,000 sequences."""
+def test_100000_shards_take_little_memory() -> None:
+    """10^12 tokens take about 30,000 shards of 65,000 sequences."""
     order = Shuffled(np.full(100_000, 65_000), 64, 1)
     tracemalloc.start()
     epochs, samples = order.at(10**9 + np.arange(8192))
@@ -193,7 +194,7 @@ def test_a_hundred_thousand_shards_cost_little() -> None:
     assert len(np.unique(samples // 65_000)) == 64
 
 
-def test_sequential_ends() -> None:
+def test_sequential_order_ends_after_last_sample() -> None:
     epochs, samples = Sequential(5).at(np.array([0, 3, 4, 5, 6, 1000]))
     assert samples.tolist() == [0, 3, 4, NO_SAMPLE, NO_SAMPLE, NO_SAMPLE]
     assert epochs.tolist() == [0] * 6

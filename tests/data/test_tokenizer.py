@@ -1,6 +1,4 @@
-"""The tokenizer that we train is the tokenizer that transformers loads: same ids, same special
-tokens, same limits.
-"""
+"""transformers loads our tokenizer with equal ids, special tokens and limits."""
 
 import json
 import shutil
@@ -21,7 +19,7 @@ from kantai.preprocessing.files import find_files
 from kantai.preprocessing.tokenizer_training import train_tokenizer
 
 
-def read(path: Path, unit: Unit) -> Iterator[str]:
+def read_documents(path: Path, unit: Unit) -> Iterator[str]:
     return (
         text for piece in pieces(find_files([str(path)]), unit) for text in documents(piece, unit)
     )
@@ -56,13 +54,12 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
-def test_transformers_gives_the_same_ids(
-    loader: type, tokenizer_dir: Path, corpus_file: Path
-) -> None:
-    ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
-    for text in [*TEXTS, *read(corpus_file, "paragraph")]:
+def test_transformers_gives_equal_ids(loader: type, tokenizer_dir: Path, corpus_file: Path) -> None:
+    ours = load_tokenizer(tokenizer_dir)
+    theirs = loader.from_pretrained(str(tokenizer_dir))
+    for text in [*TEXTS, *read_documents(corpus_file, "paragraph")]:
         assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids, text
-        if "<" not in text:  # what a document has of them is text to us
+        if "<" not in text:  # our encode takes special tokens in documents as text
             assert (
                 theirs(text, add_special_tokens=False)["input_ids"]
                 == ours.encode([text])[0].tolist()
@@ -70,10 +67,9 @@ def test_transformers_gives_the_same_ids(
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, RobertaTokenizerFast])
-def test_transformers_knows_its_special_tokens_and_limits(
-    loader: type, tokenizer_dir: Path
-) -> None:
-    ours, theirs = load_tokenizer(tokenizer_dir), loader.from_pretrained(str(tokenizer_dir))
+def test_transformers_knows_special_tokens_and_limits(loader: type, tokenizer_dir: Path) -> None:
+    ours = load_tokenizer(tokenizer_dir)
+    theirs = loader.from_pretrained(str(tokenizer_dir))
     assert (
         theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS))
         == list(ours.special_ids)
@@ -91,7 +87,7 @@ def test_transformers_knows_its_special_tokens_and_limits(
     assert theirs("a", "b")["input_ids"] == ours.tokenizer.encode("a", "b").ids
 
 
-def test_ids_of_texts_have_no_special_tokens_and_decode_to_the_texts(tokenizer_dir: Path) -> None:
+def test_encoded_text_decodes_without_special_tokens(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     texts = [text for text in TEXTS if "<" not in text]
     ids, lengths = vocabulary.encode(texts)
@@ -100,25 +96,24 @@ def test_ids_of_texts_have_no_special_tokens_and_decode_to_the_texts(tokenizer_d
         assert vocabulary.tokenizer.decode(of_text) == text
 
 
-def test_mask_takes_the_space_before_it(tokenizer_dir: Path) -> None:
+def test_mask_token_absorbs_preceding_space(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     for text in ("a <mask> of", "a<mask> of"):
         ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
         assert [vocabulary.tokenizer.id_to_token(token) for token in ids] == ["a", "<mask>", "Ġof"]
 
 
-def test_special_tokens_written_in_a_document_are_text(tokenizer_dir: Path) -> None:
+def test_special_tokens_in_document_are_text(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     text = "<s>struck out</s>, a <pad> and a <mask>"
     ids, _ = vocabulary.encode([text])
     assert set(ids).isdisjoint(vocabulary.special_ids)
     assert vocabulary.tokenizer.decode(ids) == text
-    assert (
-        vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids
-    )  # a prompt's is one, also afterwards
+    # The <mask> of a prompt stays a special token afterwards.
+    assert vocabulary.mask_id in vocabulary.tokenizer.encode(text).ids
 
 
-def test_fingerprint_names_vocabulary_and_merges(
+def test_fingerprint_depends_on_vocabulary_and_merges(
     tmp_path: Path, tokenizer_dir: Path, corpus_file: Path
 ) -> None:
     ours = load_tokenizer(tokenizer_dir)
@@ -129,10 +124,11 @@ def test_fingerprint_names_vocabulary_and_merges(
     for number, (vocab_size, min_frequency) in enumerate([(999, 2), (1000, 500)]):
         (tmp_path / str(number)).mkdir()
         save_tokenizer(
-            train_tokenizer(read(corpus_file, "paragraph"), vocab_size, min_frequency),
+            train_tokenizer(read_documents(corpus_file, "paragraph"), vocab_size, min_frequency),
             tmp_path / str(number),
         )
         prints.add(load_tokenizer(tmp_path / str(number)).fingerprint)
+
     shutil.copytree(tokenizer_dir, tmp_path / "merged")
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["merges"][-2:] = reversed(content["model"]["merges"][-2:])
@@ -141,7 +137,7 @@ def test_fingerprint_names_vocabulary_and_merges(
     assert len(prints) == 4
 
 
-def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UserError, match=f"no tokenizer at {folder}"):
             load_tokenizer(folder)
@@ -151,15 +147,13 @@ def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     "content",
     [b"", b"{}", b"[]", b"not JSON", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "BPE"}}'],
 )
-def test_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
+def test_malformed_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)
 
 
-def test_what_another_program_set_cuts_and_fills_no_documents(
-    tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_stored_truncation_and_padding_are_ignored(tmp_path: Path, tokenizer_dir: Path) -> None:
     foreign = load_tokenizer(tokenizer_dir)
     foreign.tokenizer.enable_truncation(8)
     foreign.tokenizer.enable_padding(pad_id=1, pad_token="<pad>", pad_to_multiple_of=8)
@@ -169,7 +163,7 @@ def test_what_another_program_set_cuts_and_fills_no_documents(
     assert [array.tolist() for array in theirs] == [array.tolist() for array in ours]
 
 
-def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_tokenizer_lacking_special_tokens_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     content = (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(
         content.replace("<mask>", "[MASK]").replace("<pad>", "[PAD]"), encoding="utf-8"
@@ -178,7 +172,7 @@ def test_tokenizer_without_a_special_token_is_refused(tmp_path: Path, tokenizer_
         load_tokenizer(tmp_path)
 
 
-def test_no_documents_have_no_ids(tokenizer_dir: Path) -> None:
+def test_empty_documents_have_no_ids(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     for texts in ([], [""], ["", ""]):
         ids, lengths = vocabulary.encode(texts)
@@ -213,9 +207,7 @@ ATOMS = [
 
 @settings(max_examples=300)
 @given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=20).map("two words".join), max_size=5))
-def test_long_documents_are_cut_for_the_encoder_without_a_trace(
-    vocabulary: Vocabulary, texts: list[str]
-) -> None:
+def test_long_documents_keep_ids_when_cut(vocabulary: Vocabulary, texts: list[str]) -> None:
     whole = vocabulary.encode(texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.data.tokenizer, "_CHARACTERS_AT_ONCE", 20)
@@ -223,7 +215,7 @@ def test_long_documents_are_cut_for_the_encoder_without_a_trace(
     assert [array.tolist() for array in in_parts] == [array.tolist() for array in whole]
 
 
-def test_text_without_a_space_is_cut_where_it_must(vocabulary: Vocabulary) -> None:
+def test_text_without_spaces_survives_cutting(vocabulary: Vocabulary) -> None:
     text = "純粋理性批判" * 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.data.tokenizer, "_CHARACTERS_AT_ONCE", 500)

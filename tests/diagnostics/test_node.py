@@ -1,4 +1,4 @@
-"""Facts of one node; tests/integration/test_slurm.py collects those of real ones."""
+"""A node inspects its GPUs. tests/integration/test_slurm.py inspects real nodes."""
 
 import subprocess
 import time
@@ -17,9 +17,7 @@ def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_gpus_that_need_attention_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faulty_gpus_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = "580.1, H200, 143771, 1, 0\n580.1, A30, 24576, 9000, 2\n580.1, A30, 24576, 1, [N/A]\n"
     fake_nvidia_smi(tmp_path, monkeypatch, f"printf '{rows}'")
     gpus, complaints = node._inspect_gpus()
@@ -31,10 +29,10 @@ def test_gpus_that_need_attention_are_reported(
     ]
 
 
-def test_a_hanging_driver_does_not_hold_the_node_up(
+def test_hanging_driver_does_not_block_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the kernel a process does not even end by SIGKILL."""
+    """SIGKILL does not end a process that hangs in the kernel."""
     fake_nvidia_smi(tmp_path, monkeypatch, "exec sleep 30")
     kill = subprocess.Popen.kill
     hanging: list[subprocess.Popen[str]] = []
@@ -47,14 +45,16 @@ def test_a_hanging_driver_does_not_hold_the_node_up(
     start = time.monotonic()
     assert node._inspect_gpus() == ([], ["nvidia-smi hangs"])
     assert time.monotonic() < start + 15
+
     kill(hanging[0])
     hanging[0].communicate()
 
 
-def test_only_what_a_gpu_does_not_get_over_counts() -> None:
-    log = """
-    [  12.3] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
-    [  12.4] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+def test_only_fatal_xids_are_reported() -> None:
+    lost = "79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+    log = f"""
+    [  12.3] NVRM: Xid (PCI:0000:3b:00): {lost}
+    [  12.4] NVRM: Xid (PCI:0000:3b:00): {lost}
     [  15.0] NVRM: Xid (PCI:0000:5e:00): 31, pid=4242, name=python, Ch 00000008, MMU Fault
     """
     assert fatal_xids(log) == ["XID 79 of GPU PCI:0000:3b:00"]

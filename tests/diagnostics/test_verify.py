@@ -1,4 +1,4 @@
-"""Two states are compared by more than rounding."""
+"""The comparison of two states ignores rounding and finds real changes."""
 
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from tests.helpers.commands import CONFIG, TINY
 NO_DROPOUT = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
 
 
-def test_states_are_compared_by_more_than_rounding(
+def test_comparison_ignores_rounding_and_finds_change(
     shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """The same steps, dealt otherwise: they differ by rounding, which is all that a key's bias
-    moves by.
+    """Another micro-batch size changes a state by rounding only.
+
+    Nothing but rounding moves a key's bias.
     """
     data_arguments = [
         f"--data.shards={shards_dir}",
@@ -33,18 +34,16 @@ def test_states_are_compared_by_more_than_rounding(
             CONFIG, [*TINY, *data_arguments, f"--batch.micro_batch_size={rows}", *NO_DROPOUT]
         )
         data = open_data(config)
-        engine, batches = (
-            Engine(
-                RankInfo(0, 1, 0),
-                build_model(
-                    config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
-                ),
-                config.optimizer,
-                config.training,
-                seed=config.seed,
+        engine = Engine(
+            RankInfo(0, 1, 0),
+            build_model(
+                config.model, data.vocabulary, seq_len=config.data.seq_len, seed=config.seed
             ),
-            data.training_batches(1),
+            config.optimizer,
+            config.training,
+            seed=config.seed,
         )
+        batches = data.training_batches(1)
         for step in range(2):
             micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
             engine.train_step(
@@ -57,9 +56,12 @@ def test_states_are_compared_by_more_than_rounding(
             )
         (tmp_path / str(rows)).mkdir()
         engine.save_state(tmp_path / str(rows))
-    one, other = tmp_path / "4", tmp_path / "5"
+
+    one = tmp_path / "4"
+    other = tmp_path / "5"
     assert 0 < compare_states(one, other, with_rounding=False) <= TOLERANCES["fp32"][1]
     assert compare_states(one, other, with_rounding=True) > 0.1
+
     (path,) = other.glob("*.safetensors")
     tensors = load_file(path)
     tensors["lm_head.bias/exp_avg_sq"] *= 1.01

@@ -1,4 +1,4 @@
-"""A DeepSpeed file may say only what leaves the result as it is."""
+"""A DeepSpeed file may contain only settings that leave the result unchanged."""
 
 from typing import Any
 
@@ -36,20 +36,19 @@ from kantai.errors import UserError
         ),
     ],
 )
-def test_a_deepspeed_file_may_say_only_what_is_known_to_be_harmless(
-    config: dict[str, Any], name: str
-) -> None:
+def test_deepspeed_file_with_unknown_setting_is_refused(config: dict[str, Any], name: str) -> None:
     with pytest.raises(
         UserError, match=f"sets {name}, which is not known to leave the result as it is"
     ):
         complete({"zero_optimization": {"stage": 2}, **config}, 1.0)
 
 
-def test_a_deepspeed_file_may_not_decide_the_precision_or_hide_the_state() -> None:
+def test_deepspeed_file_sets_no_precision_or_nvme_offload() -> None:
     with pytest.raises(UserError, match="enables bf16: leave that out"):
         complete({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, 1.0)
     with pytest.raises(UserError, match="has offload_optimizer on nvme"):
         complete({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 1.0)
+
     config: dict[str, Any] = {
         "zero_optimization": {"stage": 2, "overlap_comm": False},
         "bf16": {"enabled": "auto"},
@@ -59,7 +58,8 @@ def test_a_deepspeed_file_may_not_decide_the_precision_or_hide_the_state() -> No
         0.5,
         False,
     )
-    assert not config["timers"]["throughput"][
-        "enabled"
-    ]  # which would wait for the device at every step
-    complete(config, 0.5)  # as for another engine of the process
+    # The throughput timer would wait for the device at every step.
+    assert not config["timers"]["throughput"]["enabled"]
+
+    # Another engine of the process completes the same config again.
+    complete(config, 0.5)

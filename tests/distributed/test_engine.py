@@ -1,6 +1,4 @@
-"""What one rank does with a step and a checkpoint; tests/integration/test_backends.py has the
-ranks.
-"""
+"""An engine of one rank trains, saves and loads. tests/integration/test_backends.py has several."""
 
 import dataclasses
 import math
@@ -26,7 +24,7 @@ from tests.helpers.commands import CONFIG, TINY
 
 
 class Run:
-    """An engine and its data, without a loop."""
+    """An engine and its data, without a training loop."""
 
     def __init__(self, *arguments: str) -> None:
         config = load_config(CONFIG, [*TINY, "--run_dir=unused", *arguments])
@@ -59,52 +57,56 @@ class Run:
 
 
 @pytest.fixture
-def start(shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Run]:
+def make_run(shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Run]:
     return lambda *arguments: Run(
         f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", *arguments
     )
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_above_the_limit_is_not_done(optimizer: str, start: Callable[..., Run]) -> None:
-    run = start(f"--optimizer.name={optimizer}")
-    before, norm = run.weights(), run.train_step(0, math.inf, 0.0).grad_norm
-    assert same(run.weights(), before)
+def test_step_above_limit_is_skipped(optimizer: str, make_run: Callable[..., Run]) -> None:
+    run = make_run(f"--optimizer.name={optimizer}")
+    before = run.weights()
+    norm = run.train_step(0, math.inf, 0.0).grad_norm
+    assert equal(run.weights(), before)
     assert not run.train_step(0, math.inf, norm * 1.01).skipped
-    assert not same(run.weights(), before)
+    assert not equal(run.weights(), before)
     assert run.train_step(1, math.inf, norm / 10).skipped
-    assert run.train_step(2, 1.0).skipped  # of a loss
+    assert run.train_step(2, 1.0).skipped  # limit of the loss
 
 
-def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_step(start: Callable[..., Run]) -> None:
-    run = start("--training.precision=fp16")
+def test_fp16_overflow_halves_scale_and_loses_one_step(make_run: Callable[..., Run]) -> None:
+    run = make_run("--training.precision=fp16")
     run.engine.loss_scale.value = 2.0**100
-    before, result = run.weights(), run.train_step(0)
+    before = run.weights()
+    result = run.train_step(0)
     assert (result.skipped, result.loss_scale, run.engine.loss_scale.value) == (
         False,
         2.0**100,
         2.0**99,
     )
     assert math.isinf(result.grad_norm) or math.isnan(result.grad_norm)
-    assert same(run.weights(), before)
+    assert equal(run.weights(), before)
+
     run.engine.loss_scale.value = 2.0**10
     assert run.train_step(1).grad_norm < 10
-    assert not same(run.weights(), before)
+    assert not equal(run.weights(), before)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(
-    start: Callable[..., Run], tmp_path: Path
+def test_checkpoint_of_other_model_names_tensor(
+    make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    run = start()
+    run = make_run()
     run.train_step(0)
     run.engine.save_state(tmp_path)
     run.engine.load_state(tmp_path)
     (path,) = tmp_path.glob("state-*.safetensors")
-    tensors, name = load_file(path), "roberta.embeddings.LayerNorm.bias/exp_avg_sq"
+    tensors = load_file(path)
+    name = "roberta.embeddings.LayerNorm.bias/exp_avg_sq"
     for change, message in (
         ({}, f"lacks tensor {name}"),
         (
@@ -117,20 +119,22 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_the_tensor(
         before = run.weights()
         with pytest.raises(UserError, match=message):
             run.engine.load_state(tmp_path)
-        assert same(run.weights(), before)
+        assert equal(run.weights(), before)
 
 
-def test_a_watchdog_hears_of_every_micro_step(start: Callable[..., Run]) -> None:
-    run, heard = start("--batch.micro_batch_size=2"), list[int]()
-    run.engine.heartbeat = lambda: heard.append(0)
+def test_every_micro_step_sends_heartbeat(make_run: Callable[..., Run]) -> None:
+    run = make_run("--batch.micro_batch_size=2")
+    heartbeats: list[int] = []
+    run.engine.heartbeat = lambda: heartbeats.append(0)
     run.train_step(0)
-    assert len(heard) == 5
+    assert len(heartbeats) == 5
 
 
-def test_moments_that_are_another_ranks_are_not_read(
-    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_moments_of_other_ranks_are_not_read(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, read = start(), list[str]()
+    run = make_run()
+    read: list[str] = []
     run.engine.save_state(tmp_path)
     first, *others = run.engine.optimizer.layout.tensors
     (part,) = first.slices
@@ -141,7 +145,7 @@ def test_moments_that_are_another_ranks_are_not_read(
         SavedState, "__getitem__", lambda self, name: read.append(name) or real(self, name)
     )
     run.engine.load_state(tmp_path)
-    assert part.name in read  # the model has it whole
+    assert part.name in read  # every rank reads the whole weight
     assert [name for name in read if name.startswith(f"{part.name}/")] == []
     assert f"{others[0].slices[0].name}/exp_avg" in read
 
@@ -161,10 +165,10 @@ def test_moments_that_are_another_ranks_are_not_read(
         ),
     ],
 )
-def test_a_rank_with_other_weights_is_named(
-    copies: list[int], found: str, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+def test_rank_with_different_weights_is_named(
+    copies: list[int], found: str, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = start().engine
+    engine = make_run().engine
     engine.compare_replicas()
     monkeypatch.setattr(engine, "from_all", lambda own: [(own[0], [copy]) for copy in copies])
     with pytest.raises(UserError) as error:

@@ -1,9 +1,9 @@
-"""fp16's loss scale grows while all is well and halves where it is not."""
+"""The fp16 loss scale grows after good steps and halves after overflows."""
 
 from kantai.distributed.loss_scale import LossScale
 
 
-def test_the_loss_scale_grows_when_all_is_well() -> None:
+def test_fp16_loss_scale_grows_and_halves() -> None:
     scale = LossScale("fp16")
     start = scale.value
     for _ in range(2 * LossScale.PATIENCE):

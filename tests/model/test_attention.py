@@ -1,4 +1,4 @@
-"""Documents that share a row are computed as if each were alone."""
+"""The model computes each document of a shared row as if it were alone."""
 
 import itertools
 from pathlib import Path
@@ -15,7 +15,7 @@ from kantai.data.dataset import open_data
 from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.tokenizer import load_tokenizer
-from kantai.model import attention as model_module
+from kantai.model import attention as attention_module
 from kantai.model.roberta import MaskedRoberta, build_model
 from tests.helpers.commands import ROOT
 
@@ -32,8 +32,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path) -> MaskedRoberta:
-    """Initialised as the quickstart's: large weights and sinusoidal positions, so that both context
-    and place show in the logits.
+    """A model with the quickstart's initialisation.
+
+    Its large weights and sinusoidal positions make context and position show in the logits.
     """
     config = load_config(ROOT / "configs/quickstart.yaml", SMALL)
     return build_model(
@@ -42,7 +43,7 @@ def model(tokenizer_dir: Path) -> MaskedRoberta:
 
 
 def batch_of(packing: str, shards_dir: Path, tokenizer_dir: Path) -> Batch:
-    """Three rows of the training split, the last of them empty."""
+    """Return three rows of the training split, the last one empty."""
     where = [
         f"--data.shards={shards_dir}",
         f"--data.tokenizer={tokenizer_dir}",
@@ -58,13 +59,13 @@ def starts_of(rows: list[list[int]]) -> Tensor:
 
 
 def documents_of(row: list[int]) -> list[slice]:
-    """Where a row's documents, each with its ``</s>``, lie."""
+    """Return the slices of a row's documents, each with its ``</s>``."""
     cuts = [0, *(place + 1 for place, token in enumerate(row[:-1]) if token == EOS), len(row)]
     return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
 def random_rows(seed: int, rows: int = 3) -> list[list[int]]:
-    """Rows of random tokens in documents of 1 to 20."""
+    """Return rows of random documents of 1 to 20 tokens."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(5, 1000, (rows, LENGTH))
     for row in ids:
@@ -73,9 +74,12 @@ def random_rows(seed: int, rows: int = 3) -> list[list[int]]:
     return ids.tolist()  # type: ignore[no-any-return]
 
 
-def by_definition(query: Tensor, key: Tensor, value: Tensor, *bounds: Tensor | int) -> Tensor:
-    """What ``torch.nn.attention.varlen.varlen_attn`` promises of [tokens, heads, head size]; its
-    kernel needs a GPU.
+def reference_varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, *bounds: Tensor | int
+) -> Tensor:
+    """Compute ``torch.nn.attention.varlen.varlen_attn`` of [tokens, heads, head size].
+
+    The real kernel needs a GPU.
     """
     starts, of_keys, longest, longest_key = bounds
     assert isinstance(starts, Tensor) and starts is of_keys and starts.dtype == torch.int32
@@ -93,7 +97,7 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, *bounds: Tensor | i
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_logits_are_those_of_each_document_alone(model: MaskedRoberta, seed: int) -> None:
+def test_logits_equal_each_document_alone(model: MaskedRoberta, seed: int) -> None:
     rows = random_rows(seed)
     with torch.no_grad():
         together = model(torch.tensor(rows), document_starts=starts_of(rows)).logits
@@ -103,17 +107,15 @@ def test_logits_are_those_of_each_document_alone(model: MaskedRoberta, seed: int
                 assert torch.allclose(found[document], alone, atol=1e-5, rtol=0)
 
 
-def test_rows_seen_whole_give_other_logits(model: MaskedRoberta) -> None:
+def test_attention_across_documents_changes_logits(model: MaskedRoberta) -> None:
     rows = random_rows(0)
     with torch.no_grad():
-        isolated, whole = (
-            model(torch.tensor(rows), document_starts=starts_of(rows)).logits,
-            model(torch.tensor(rows)).logits,
-        )
+        isolated = model(torch.tensor(rows), document_starts=starts_of(rows)).logits
+        whole = model(torch.tensor(rows)).logits
     assert (isolated - whole).abs().amax((0, 2)).min() > 0.01
 
 
-def test_a_documents_tokens_change_no_bit_of_the_others(model: MaskedRoberta) -> None:
+def test_changed_document_keeps_logits_of_others(model: MaskedRoberta) -> None:
     rows = random_rows(1)
     changed = [list(row) for row in rows]
     inside = documents_of(rows[1])[1]
@@ -127,7 +129,7 @@ def test_a_documents_tokens_change_no_bit_of_the_others(model: MaskedRoberta) ->
     assert differs[1, inside].all() and differs.sum() == inside.stop - inside.start > 1
 
 
-def test_loss_and_gradients_are_the_sum_of_each_document_alone(
+def test_loss_and_gradients_sum_over_documents(
     model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path
 ) -> None:
     batch = batch_of("isolated", shards_dir, tokenizer_dir)
@@ -137,7 +139,8 @@ def test_loss_and_gradients_are_the_sum_of_each_document_alone(
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
     model.zero_grad()
-    expected_loss, expected_correct = 0.0, 0
+    expected_loss = 0.0
+    expected_correct = 0
     labels = np.full(batch.input_ids.shape, IGNORED_LABEL)
     for row, positions, answers in zip(labels, batch.masked_positions, batch.labels, strict=True):
         row[positions[answers != IGNORED_LABEL]] = answers[answers != IGNORED_LABEL]
@@ -150,16 +153,16 @@ def test_loss_and_gradients_are_the_sum_of_each_document_alone(
         loss.backward()
         expected_loss += loss.item()
         expected_correct += int((logits.argmax(1) == answers).sum())
+
     assert loss_sum.item() == pytest.approx(expected_loss, rel=1e-5)
     assert correct.item() == expected_correct
-    assert (
-        batch.input_ids[2] == PAD
-    ).sum() == LENGTH - 1  # an empty row was there, and did nothing
+    # The batch has an empty row, which adds nothing.
+    assert (batch.input_ids[2] == PAD).sum() == LENGTH - 1
     for name, p in model.named_parameters():
         assert torch.allclose(gradients[name], p.grad, atol=1e-5), name
 
 
-def test_the_path_of_the_kernel_is_the_path_of_the_mask(
+def test_kernel_path_equals_mask_path(
     model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = MicroBatch(batch_of("isolated", shards_dir, tokenizer_dir)).inputs
@@ -173,18 +176,16 @@ def test_the_path_of_the_kernel_is_the_path_of_the_mask(
             {name: p.grad.clone() for name, p in model.named_parameters()},
         )
         monkeypatch.setattr(MaskedRoberta, "_varlen_applies", lambda self, device: True)
-        monkeypatch.setattr(model_module, "varlen_attn", by_definition)
+        monkeypatch.setattr(attention_module, "varlen_attn", reference_varlen_attn)
     assert found["mask"][0] == pytest.approx(found["kernel"][0], rel=1e-6)
     for name, gradient in found["mask"][1].items():
         assert torch.allclose(gradient, found["kernel"][1][name], atol=1e-5), name
 
 
-def test_the_kernel_takes_what_it_is_given_and_nothing_waits_for_the_device(
+def test_kernel_path_never_waits_for_device(
     model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward with the real operator on tensors without values: reading one would
-    raise.
-    """
+    """The real operator runs on tensors without values: reading a value would raise."""
     monkeypatch.setattr(MaskedRoberta, "_varlen_applies", lambda self, device: True)
     inputs = MicroBatch(batch_of("isolated", shards_dir, tokenizer_dir)).inputs
     mode = FakeTensorMode()
@@ -200,6 +201,6 @@ def test_the_kernel_takes_what_it_is_given_and_nothing_waits_for_the_device(
     assert query.grad is not None and query.grad.shape == query.shape
 
 
-def test_the_attention_is_in_no_config_file(model: MaskedRoberta, tmp_path: Path) -> None:
+def test_saved_config_omits_attention(model: MaskedRoberta, tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     assert model.config._attn_implementation not in (tmp_path / "config.json").read_text()

@@ -1,4 +1,4 @@
-"""The model is the stock one, and its loss the stock loss, computed on fewer positions."""
+"""The model equals the stock model, and computes its loss on masked positions only."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def model_and_batch(config: Config) -> tuple[MaskedRoberta, Batch]:
     ).eval(), data.training_batches(1).micro_batch(3, 0, 0)
 
 
-def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Config) -> None:
+def test_loss_and_gradients_equal_stock_model(config: Config) -> None:
     model, batch = model_and_batch(config)
     inputs = MicroBatch(batch).inputs
     assert config.data.packing == "contiguous" or not inputs["attention_mask"].all()
@@ -50,15 +50,15 @@ def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Con
     masked = int((batch.labels != IGNORED_LABEL).sum())
     (loss_sum / masked).backward()
 
-    stock = RobertaForMaskedLM(
-        RobertaConfig.from_dict(model.config.to_dict())
-    ).eval()  # with the attention that others get
+    # The stock model keeps transformers' default attention.
+    stock = RobertaForMaskedLM(RobertaConfig.from_dict(model.config.to_dict())).eval()
     stock.load_state_dict(model.state_dict())
     labels = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
     for row, positions in enumerate(inputs["masked_positions"]):
         for position, label in zip(positions, inputs["labels"][row], strict=True):
             if label != IGNORED_LABEL:
                 labels[row, position] = label
+
     out = stock(
         input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), labels=labels
     )
@@ -76,21 +76,22 @@ def test_loss_and_gradients_equal_the_stock_models_on_the_same_batch(config: Con
 
 
 @torch.no_grad()
-def test_in_bf16_attention_is_what_it_is_in_fp32_but_for_rounding(config: Config) -> None:
-    """On CPU it is computed in another way there."""
+def test_bf16_loss_equals_fp32_within_rounding(config: Config) -> None:
+    """On a CPU, attention takes another path in bf16."""
     model, batch = model_and_batch(config)
     inputs = MicroBatch(batch).inputs
     exact = model(**inputs)[0]
     model.compute_dtype = torch.bfloat16
     rounded = model(**inputs)[0]
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-3)
+
     if "attention_mask" in inputs:
         behind_padding = inputs["input_ids"].where(inputs["attention_mask"].bool(), 7)
         assert model(**{**inputs, "input_ids": behind_padding})[0] == rounded
 
 
 @pytest.mark.parametrize("config", ["contiguous"], indirect=True)
-def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(config: Config) -> None:
+def test_bf16_gradients_equal_fp32_within_rounding(config: Config) -> None:
     rounded, batch = model_and_batch(config)
     exact, _ = model_and_batch(config)
     rounded.compute_dtype = torch.bfloat16
@@ -99,19 +100,18 @@ def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(config: Config) ->
     for (name, ours), (_, theirs) in zip(
         rounded.named_parameters(), exact.named_parameters(), strict=True
     ):
-        if not name.endswith("key.bias"):  # which has no gradient but rounding
+        if not name.endswith("key.bias"):  # its gradient is rounding only
             assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm(), name
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_between_layers_states_are_what_matrix_products_take(
-    config: Config, dtype: torch.dtype
-) -> None:
-    """Autocast alone has norms give fp32: twice the bytes, and a cast before every product."""
+def test_hidden_states_keep_compute_dtype(config: Config, dtype: torch.dtype) -> None:
+    """Under autocast alone, norms return fp32: twice the bytes, and a cast per product."""
     model, batch = model_and_batch(config)
-    model.compute_dtype, found = dtype, []
+    model.compute_dtype = dtype
+    found: list[torch.dtype] = []
     for layer in model.roberta.encoder.layer:
         layer.register_forward_hook(
             lambda _layer, given, out: found.extend([given[0].dtype, out.dtype])
@@ -121,10 +121,10 @@ def test_between_layers_states_are_what_matrix_products_take(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of what PyTorch does
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of its own code
 @pytest.mark.parametrize("config", ["padded"], indirect=True)
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_compiled_parts_compute_the_same(
+def test_compiled_parts_give_equal_loss_and_gradients(
     config: Config, dtype: torch.dtype, allowed: float
 ) -> None:
     compiled, batch = model_and_batch(config)
@@ -140,11 +140,11 @@ def test_compiled_parts_compute_the_same(
     for (name, ours), (_, theirs) in zip(
         compiled.named_parameters(), plain.named_parameters(), strict=True
     ):
-        # A key's bias has no gradient but rounding.
+        # The gradient of a key's bias is rounding only.
         assert (ours.grad - theirs.grad).norm() <= allowed * (theirs.grad.norm() + 0.03), name
 
 
-def test_padding_changes_nothing(config: Config) -> None:
+def test_padding_changes_no_loss(config: Config) -> None:
     model, batch = model_and_batch(config)
     inputs = MicroBatch(batch).inputs
     if "attention_mask" not in inputs:
@@ -158,17 +158,18 @@ def test_padding_changes_nothing(config: Config) -> None:
     assert before.item() == pytest.approx(after.item(), rel=1e-5)
 
 
-def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path) -> None:
+def test_training_flops_match_torch_counter(shards_dir: Path, tokenizer_dir: Path) -> None:
     where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
     model, batch = model_and_batch(load_config(ROOT / "configs/quickstart.yaml", [*SMALL, *where]))
-    model.set_attn_implementation("eager")  # the counter knows no fused attention of the CPU
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
     counter = FlopCounterMode(display=False)
     with counter:
         loss_sum, _ = model(**MicroBatch(batch).inputs)
         loss_sum.backward()
-    # The head computes every slot, those that a row does not fill included. Of the last layer, what
-    # is not masked is needed as key and value alone, and its attention is a fused one.
-    hidden, slots = model.config.hidden_size, batch.labels.size
+    # The head computes every slot, also the slots that a row does not fill. In the last layer,
+    # unmasked positions serve as key and value only, and the counter misses the fused attention.
+    hidden = model.config.hidden_size
+    slots = batch.labels.size
     spared = (batch.tokens - slots) * (
         4 * hidden**2 + 4 * hidden * model.config.intermediate_size
     ) + 4 * hidden * batch.attended_pairs
@@ -178,7 +179,7 @@ def test_flops_are_those_that_torch_counts(shards_dir: Path, tokenizer_dir: Path
     )
 
 
-def test_the_tutorials_model_has_its_83504416_parameters(tokenizer_dir: Path) -> None:
+def test_tutorial_model_has_83504416_parameters(tokenizer_dir: Path) -> None:
     config = load_config(ROOT / "configs/tutorial.yaml")
     model = build_model(
         config.model, load_tokenizer(tokenizer_dir), seq_len=config.data.seq_len, seed=config.seed
@@ -186,14 +187,14 @@ def test_the_tutorials_model_has_its_83504416_parameters(tokenizer_dir: Path) ->
     assert model.num_parameters() == 83_504_416
 
 
-def test_the_vocabulary_is_padded_to_a_multiple_of_64_and_the_positions_fit(config: Config) -> None:
+def test_vocabulary_is_padded_and_positions_fit(config: Config) -> None:
     model, _ = model_and_batch(config)
-    assert model.config.vocab_size == 1024  # of 1000
+    assert model.config.vocab_size == 1024  # 1000 entries, padded to a multiple of 64
     assert model.config.max_position_embeddings == 34
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_sinusoidal_positions_make_a_shift_a_rotation(config: Config) -> None:
+def test_sinusoidal_products_depend_on_distance_only(config: Config) -> None:
     changed = config.model_copy(
         update={"model": config.model.model_copy(update={"position_init": "sinusoidal"})}
     )
@@ -202,6 +203,6 @@ def test_sinusoidal_positions_make_a_shift_a_rotation(config: Config) -> None:
     assert places.square().mean().sqrt().item() == pytest.approx(
         config.model.initializer_range, rel=1e-4
     )
-    products = places @ places.T  # depends on the distance alone
+    products = places @ places.T
     for distance in (1, 5, 20):
         assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)

@@ -1,6 +1,4 @@
-"""Weights move as AdamW says, are put together from all ranks, and stay where a step was called
-off.
-"""
+"""The optimizer matches AdamW, gathers ranks' slices and obeys found_inf."""
 
 import pytest
 import torch
@@ -11,8 +9,9 @@ from kantai.optim.sharding import Layout, ParamSlice, ShardedTensor
 from tests.helpers.tiny_model import Tiny, load, trained
 
 
-def test_adamw_decays_matrices_and_embeddings_alone() -> None:
-    model, settings = Tiny(), load().optimizer
+def test_adamw_decays_only_matrices_and_embeddings() -> None:
+    model = Tiny()
+    settings = load().optimizer
     optimizer = build_optimizer(model, settings)
     decays = {
         name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]
@@ -21,6 +20,7 @@ def test_adamw_decays_matrices_and_embeddings_alone() -> None:
         name: 0.0 if name.endswith("bias") or "Norm" in name else 0.01
         for name, _ in model.named_parameters()
     }
+
     stock = Tiny()
     groups = [
         {"params": [parameter], "weight_decay": decays[name]}
@@ -33,20 +33,22 @@ def test_adamw_decays_matrices_and_embeddings_alone() -> None:
         torch.testing.assert_close(value, expected[name])
 
 
-def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Five parameters laid end to end, cut in two in the middle of the third, in buckets of 100
-    elements or more.
+def test_gather_joins_rank_slices_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks share five parameters laid end to end. The cut is in the third.
+
+    A bucket closes at 100 elements or more.
     """
     monkeypatch.setattr(sharding, "_BUCKET_ELEMENTS", 100)
     shapes = [(8, 10), (30,), (7, 9), (110,), (2, 3)]
     wholes = [torch.randn(shape) for shape in shapes]
-    flat, cut = torch.cat([whole.flatten() for whole in wholes]), 80 + 30 + 31
-    buckets, sums = list[int](), []
+    flat = torch.cat([whole.flatten() for whole in wholes])
+    cut = 80 + 30 + 31
+    buckets: list[int] = []
+    sums = []
     layout = Layout([], lambda values: buckets.append(values.numel()) or values)
     for first, last in ((0, cut), (cut, flat.numel())):
-        parts, begin = [], 0
+        parts = []
+        begin = 0
         for name, whole in enumerate(wholes):
             start, end = (min(max(place, begin), begin + whole.numel()) for place in (first, last))
             parts.append(
@@ -59,6 +61,7 @@ def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(
                 )
             )
             begin += whole.numel()
+
         values = flat[first:last]
         sums.append(list(layout.gather(ShardedTensor(values, "adamw", parts), values)))
     assert buckets == 2 * [110, 173, 6]
@@ -67,7 +70,7 @@ def test_parameters_are_put_together_from_the_ranks_pieces_some_at_a_time(
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_that_was_called_off_changes_nothing(name: str) -> None:
+def test_step_with_found_inf_changes_nothing(name: str) -> None:
     model = Tiny()
     optimizer = build_optimizer(model, load(f"--optimizer.name={name}").optimizer)
     trained(optimizer, model)
@@ -77,10 +80,12 @@ def test_a_step_that_was_called_off_changes_nothing(name: str) -> None:
         for sharded in optimizer.layout.tensors
     ]
     steps = [state["step"].clone() for state in optimizer.state.values() if "step" in state]
+
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.set_scaling(torch.ones(()))
     optimizer.step()
+
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for sharded, kept in zip(optimizer.layout.tensors, moments, strict=True):
         assert all(

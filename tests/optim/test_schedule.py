@@ -1,4 +1,4 @@
-"""The learning rate follows the step."""
+"""The learning rate is a function of the step."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from tests.helpers.tiny_model import load
         ("wsd", {0: 0.25, 3: 1.0, 4: 1.0, 9: 1.0, 10: 1.0, 11: 0.75, 13: 0.25}),
     ],
 )
-def test_learning_rates(schedule: str, rates: dict[int, float]) -> None:
+def test_schedule_gives_expected_learning_rates(schedule: str, rates: dict[int, float]) -> None:
     arguments = [
         f"--optimizer.schedule={schedule}",
         "--optimizer.learning_rate=1",

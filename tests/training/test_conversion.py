@@ -1,7 +1,7 @@
-"""A run of kantai 0.1.0 is refused with the command that converts it, and then goes on as it was.
+"""A run of kantai 0.1.0 is refused until it is converted, and then continues with equal losses.
 
-``run-0.1.0.tar.xz`` was written by that release: a run of six steps in two stages, its metrics to
-the end, and its checkpoint of step 4.
+kantai 0.1.0 wrote ``run-0.1.0.tar.xz``: a run of six steps in two stages, with the metrics of all
+steps and the checkpoint of step 4.
 """
 
 import itertools
@@ -20,81 +20,90 @@ from tests.helpers.runs import metrics
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """The folder with tokenizer, shards, run and config.yaml, unpacked."""
+def old_dir(tmp_path: Path) -> Path:
+    """The unpacked folder with tokenizer, shards, run and config.yaml."""
     with tarfile.open(Path(__file__).parent / "run-0.1.0.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path / "fixture"
 
 
-def arguments(old: Path) -> list[str]:
-    where = [f"--run_dir={old / 'run'}", f"--data.shards={old / 'shards'}"]
-    return ["--config", str(old / "config.yaml"), *where, f"--data.tokenizer={old / 'tokenizer'}"]
+def arguments(old_dir: Path) -> list[str]:
+    where = [
+        f"--run_dir={old_dir / 'run'}",
+        f"--data.shards={old_dir / 'shards'}",
+        f"--data.tokenizer={old_dir / 'tokenizer'}",
+    ]
+    return ["--config", str(old_dir / "config.yaml"), *where]
 
 
-def losses_before(old: Path) -> list[float]:
-    records = [json.loads(line) for line in (old / "run/metrics.jsonl").read_text().splitlines()]
+def recorded_losses(old_dir: Path) -> list[float]:
+    records = [
+        json.loads(line) for line in (old_dir / "run/metrics.jsonl").read_text().splitlines()
+    ]
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-def test_config_and_run_are_refused_by_the_command_that_converts_them(old: Path) -> None:
-    done = script("pretrain", *arguments(old), "--check", f"--run_dir={old / 'new'}")
+def test_refusal_names_conversion_command(old_dir: Path) -> None:
+    done = script("pretrain", *arguments(old_dir), "--check", f"--run_dir={old_dir / 'new'}")
     assert done.returncode == 2
-    assert f"python scripts/convert.py {old / 'config.yaml'}" in done.stderr
-    done = script("pretrain", *arguments(old), "--check")
+    assert f"python scripts/convert.py {old_dir / 'config.yaml'}" in done.stderr
+
+    done = script("pretrain", *arguments(old_dir), "--check")
     assert done.returncode == 2
-    assert f"python scripts/convert.py {old / 'run'}" in done.stderr
-    done = script("evaluate", old / "run")
+    assert f"python scripts/convert.py {old_dir / 'run'}" in done.stderr
+
+    done = script("evaluate", old_dir / "run")
     assert done.returncode == 2
-    assert f"python scripts/convert.py {old / 'run'}" in done.stderr
+    assert f"python scripts/convert.py {old_dir / 'run'}" in done.stderr
 
 
-def test_converted_config_keeps_its_comments(old: Path) -> None:
-    done = script("convert", old / "config.yaml")
+def test_converted_config_keeps_comments(old_dir: Path) -> None:
+    done = script("convert", old_dir / "config.yaml")
     assert done.returncode == 0, done.stderr
-    text = (old / "config.yaml").read_text()
+    text = (old_dir / "config.yaml").read_text()
     assert text.startswith("# A run of kantai 0.1.0, for tests of the conversion.\n")
     assert "  max_steps: 6 # comments stay\n" in text
-    config = load_config(old / "config.yaml")
+    config = load_config(old_dir / "config.yaml")
     assert config.checkpoint.every_steps == 2
     assert config.stages[0].until_step == 3
-    assert "nothing to rename" in script("convert", old / "config.yaml").stdout
+    assert "nothing to rename" in script("convert", old_dir / "config.yaml").stdout
 
 
 @pytest.mark.slow
-def test_converted_run_goes_on_as_the_old_release_did(old: Path) -> None:
-    before = losses_before(old)
+def test_converted_run_reproduces_old_losses(old_dir: Path) -> None:
+    losses = recorded_losses(old_dir)
     window = {"from_update": 9, "first": 9, "stop": 12}
-    (old / "run/passed_over.jsonl").write_text(json.dumps(window) + "\n")
+    (old_dir / "run/passed_over.jsonl").write_text(json.dumps(window) + "\n")
     for path in ("config.yaml", "run"):
-        done = script("convert", old / path)
+        done = script("convert", old_dir / path)
         assert done.returncode == 0, done.stderr
     assert "update-00000004: now step-00000004" in done.stdout
-    skipped = (old / "run/skipped_data.jsonl").read_text()
+    skipped = (old_dir / "run/skipped_data.jsonl").read_text()
     assert json.loads(skipped) == {"from_step": 9, "first": 9, "stop": 12}
-    assert metrics(old / "run", "train/loss") == before
-    done = script("pretrain", *arguments(old))
+    assert metrics(old_dir / "run", "train/loss") == losses
+
+    done = script("pretrain", *arguments(old_dir))
     assert done.returncode == 0, done.stderr
     assert "6 steps, 4 done" in done.stdout
-    assert metrics(old / "run", "train/loss") == pytest.approx(before, rel=1e-5)
+    assert metrics(old_dir / "run", "train/loss") == pytest.approx(losses, rel=1e-5)
 
 
-def test_conversion_goes_on_after_a_kill(old: Path) -> None:
-    lines = len(list(convert_run(old / "run")))
+def test_conversion_continues_after_kill(old_dir: Path) -> None:
+    lines = len(list(convert_run(old_dir / "run")))
     for done in range(lines):
         with tarfile.open(Path(__file__).parent / "run-0.1.0.tar.xz") as archive:
-            archive.extractall(old / str(done), filter="data")
-        run = old / str(done) / "fixture/run"
+            archive.extractall(old_dir / str(done), filter="data")
+        run = old_dir / str(done) / "fixture/run"
         list(itertools.islice(convert_run(run), done))
         if done < lines - 1:
             list(convert_run(run))
         assert CheckpointStore(run).newest_valid() is not None
-        assert metrics(run, "train/loss") == metrics(old / "run", "train/loss")
+        assert metrics(run, "train/loss") == metrics(old_dir / "run", "train/loss")
 
 
-def test_other_settings_than_the_checkpoints_are_refused(old: Path) -> None:
-    path = old / "run/config.yaml"
+def test_conversion_refuses_changed_settings(old_dir: Path) -> None:
+    path = old_dir / "run/config.yaml"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
     with pytest.raises(UserError, match="made with other settings"):
-        list(convert_run(old / "run"))
-    assert (old / "run/checkpoints/update-00000004").exists()
+        list(convert_run(old_dir / "run"))
+    assert (old_dir / "run/checkpoints/update-00000004").exists()

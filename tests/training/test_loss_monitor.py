@@ -1,4 +1,4 @@
-"""When a loss is a spike, and when a run has gone bad."""
+"""The monitor limits spikes and tells when a run has gone bad."""
 
 import math
 
@@ -12,7 +12,7 @@ def result(loss: float, grad_norm: float = 1.0, *, skipped: bool = False) -> Ste
     return StepResult(loss, 0.1, grad_norm, 10, 10, skipped, 1.0)
 
 
-def test_limits_follow_the_median_of_the_last_hundred_good_steps() -> None:
+def test_limits_follow_median_of_last_100_good_steps() -> None:
     monitor = LossMonitor(spike_factor=20.0, max_skipped=3)
     for step in range(99):
         monitor.observe(result(8.0, 2.0 + step % 3))
@@ -26,21 +26,21 @@ def test_limits_follow_the_median_of_the_last_hundred_good_steps() -> None:
     assert monitor.limits() == (80.0, 20.0)
 
 
-def test_a_gradient_norm_that_overflowed_is_not_remembered() -> None:
+def test_infinite_gradient_norm_is_ignored() -> None:
     monitor = LossMonitor(spike_factor=2.0, max_skipped=3)
     for _ in range(100):
         monitor.observe(result(8.0, math.inf))
     assert monitor.limits() == (16.0, math.inf)
 
 
-def test_without_a_factor_nothing_is_a_spike() -> None:
+def test_missing_spike_factor_disables_limits() -> None:
     monitor = LossMonitor(spike_factor=None, max_skipped=3)
     monitor.restart([1.0] * 100, [1.0] * 100)
     assert monitor.limits() == (math.inf, math.inf)
 
 
 @pytest.mark.parametrize("max_skipped", [1, 3])
-def test_a_run_has_gone_bad_after_so_many_skipped_steps_in_a_row(max_skipped: int) -> None:
+def test_run_goes_bad_after_max_skipped_steps(max_skipped: int) -> None:
     monitor = LossMonitor(spike_factor=20.0, max_skipped=max_skipped)
     for _ in range(max_skipped - 1):
         monitor.observe(result(math.nan, skipped=True))

@@ -1,6 +1,4 @@
-"""What is written of a run: by its latest start alone, and with an error where it cannot be
-written.
-"""
+"""Only the latest start of a run writes metrics. A failed write is an error."""
 
 import json
 from pathlib import Path
@@ -13,17 +11,16 @@ from kantai.training.metrics import Metrics
 from tests.helpers.commands import run_python
 
 
-def a_start(run: Path) -> CheckpointStore:
+def superseding_start(run: Path) -> CheckpointStore:
     store = CheckpointStore(run)
     store.supersede()
     return store
 
 
-def test_a_start_that_was_taken_over_before_it_opened_the_record_leaves_it_alone(
-    tmp_path: Path,
-) -> None:
-    """As one does that had long to load its checkpoint."""
-    stale, latest = a_start(tmp_path), a_start(tmp_path)
+def test_superseded_start_leaves_metrics_alone(tmp_path: Path) -> None:
+    """A start that loads its checkpoint slowly opens the metrics late."""
+    stale = superseding_start(tmp_path)
+    latest = superseding_start(tmp_path)
     metrics = Metrics(tmp_path, latest, 1, 0.0)
     metrics.log(1, {"train/loss": 7.0})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -37,22 +34,19 @@ def test_a_start_that_was_taken_over_before_it_opened_the_record_leaves_it_alone
     ] == [1, 2]
 
 
-def test_last_values_are_those_that_were_remembered_when_they_came(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, a_start(tmp_path), 1, 0.0)
+def test_last_values_omit_skipped_steps(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, superseding_start(tmp_path), 1, 0.0)
     for step, (loss, skipped) in enumerate(
         [(7.0, 0.0), (999.0, 1.0), (float("nan"), 1.0), (6.0, 0.0), (5.0, 0.0)], 1
     ):
         metrics.log(step, {"train/loss": loss, "train/skipped": skipped})
     metrics.finish()
-    assert metrics.last("train/loss", 2) == [6.0, 5.0] and metrics.last("train/loss", 9) == [
-        7.0,
-        6.0,
-        5.0,
-    ]
+    assert metrics.last("train/loss", 2) == [6.0, 5.0]
+    assert metrics.last("train/loss", 9) == [7.0, 6.0, 5.0]
 
 
 @pytest.mark.parametrize("what", ["metrics", "TensorBoard"])
-def test_a_record_that_finds_no_room_is_an_error_and_not_a_wait(what: str, tmp_path: Path) -> None:
+def test_failed_write_ends_program(what: str, tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run goes on as it began: with its recorded settings, the same data stream, its own checkpoints."""
+"""A run continues with its recorded settings, its data stream and its own checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from tests.helpers.commands import CONFIG, TINY
 
 
 @pytest.fixture
-def begun(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> tuple[Path, list[str]]:
-    """A run directory whose run has begun, and the arguments that name it and its data."""
+def started_run(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> tuple[Path, list[str]]:
+    """The run directory of a started run, and the arguments for the directory and the data."""
     where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
     arguments = [*where, f"--run_dir={tmp_path / 'run'}"]
     config = load_config(CONFIG, [*TINY, *arguments, "--optimizer.learning_rate=0.003"])
@@ -34,40 +34,40 @@ def begun(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> tuple[Path, 
     return tmp_path / "run", arguments
 
 
-def opened(config: Config) -> RunDir:
+def open_run(config: Config) -> RunDir:
     return open_run_dir(config, open_data(config))
 
 
-def test_left_out_settings_are_as_the_run_recorded_them(begun: tuple[Path, list[str]]) -> None:
-    """So a default may change in a later release."""
-    path, arguments = begun
+def test_omitted_settings_come_from_run(started_run: tuple[Path, list[str]]) -> None:
+    """A later release may change a default."""
+    path, arguments = started_run
     small = path.parent / "small.yaml"
     small.write_text(f"run_dir: {path}\n")
     config = load_run_config(small)
     assert config == saved_config(path)
     assert config.optimizer.learning_rate == 0.003
-    opened(config)
+    open_run(config)
+
     config = load_run_config(small, ["--checkpoint.every_steps=7", *arguments])
     assert config.checkpoint.every_steps == 7
     assert config.optimizer.learning_rate == 0.003
-    opened(config)
+    open_run(config)
 
 
-def test_given_settings_that_decide_the_result_must_be_the_recorded_ones(
-    begun: tuple[Path, list[str]],
-) -> None:
-    _, arguments = begun
-    config = load_run_config(CONFIG, [*TINY, *arguments])  # the file gives another learning rate
+def test_given_result_setting_must_match_run(started_run: tuple[Path, list[str]]) -> None:
+    _, arguments = started_run
+    # The file's learning rate differs from the run's.
+    config = load_run_config(CONFIG, [*TINY, *arguments])
     with pytest.raises(UserError, match=r"optimizer.learning_rate was 0\.003 and is 0\.001"):
-        opened(config)
+        open_run(config)
 
 
-def test_a_run_of_steps_does_not_become_one_of_epochs(begun: tuple[Path, list[str]]) -> None:
-    path, _ = begun
+def test_run_of_max_steps_refuses_epochs(started_run: tuple[Path, list[str]]) -> None:
+    path, _ = started_run
     small = path.parent / "small.yaml"
     small.write_text(f"run_dir: {path}\ntraining: {{epochs: 2}}\n")
     with pytest.raises(UserError, match=r"training.max_steps was 2000 and is None"):
-        opened(load_run_config(small))
+        open_run(load_run_config(small))
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_a_run_of_steps_does_not_become_one_of_epochs(begun: tuple[Path, list[st
         ({"format": FORMAT + 1, "stream": STREAM_VERSION}, "names its files otherwise"),
     ],
 )
-def test_a_run_of_another_release_is_refused_by_that_release(
-    begun: tuple[Path, list[str]], version: dict[str, int], message: str
+def test_refusal_of_run_names_its_release(
+    started_run: tuple[Path, list[str]], version: dict[str, int], message: str
 ) -> None:
-    path, arguments = begun
+    path, arguments = started_run
     (path / VERSION_FILE).write_text(json.dumps({"kantai": "9.9.9", **version}))
     reads: list[Callable[[], Any]] = [
         lambda: load_run_config(CONFIG, arguments),
-        lambda: opened(load_config(CONFIG, [*TINY, *arguments])),
+        lambda: open_run(load_config(CONFIG, [*TINY, *arguments])),
         lambda: saved_config(path),
     ]
     for read in reads:
@@ -94,8 +94,8 @@ def test_a_run_of_another_release_is_refused_by_that_release(
         assert kantai.__version__ in str(error.value)
 
 
-def test_a_damaged_version_is_named(begun: tuple[Path, list[str]]) -> None:
-    path, _ = begun
+def test_damaged_version_file_is_named(started_run: tuple[Path, list[str]]) -> None:
+    path, _ = started_run
     for text in ("", "[]", '{"kantai": "0.2.0"}'):
         (path / VERSION_FILE).write_text(text)
         with pytest.raises(UserError, match=r"version\.json is damaged"):
@@ -116,16 +116,17 @@ def save_checkpoint(run: RunDir, settings: dict[str, Any]) -> None:
     [
         ({}, None),
         ({"seed": 1}, "was made with seed 1, and .*/config.yaml says 0"),
-        ({"masking.ratio": None}, None),  # a setting that came later: it had its default
+        # An older release does not know the setting, and trains with its default.
+        ({"masking.ratio": None}, None),
         ({"optimizer.learning_rate": None}, "was made with optimizer.learning_rate 0.0005"),
         ({"model.rope": True}, "was made with model.rope, which this release does not know"),
     ],
 )
-def test_settings_of_a_checkpoint_are_compared_key_by_key(
-    begun: tuple[Path, list[str]], change: dict[str, Any], message: str | None
+def test_checkpoint_settings_are_compared_by_key(
+    started_run: tuple[Path, list[str]], change: dict[str, Any], message: str | None
 ) -> None:
-    path, _ = begun
-    run = opened(saved_config(path))
+    path, _ = started_run
+    run = open_run(saved_config(path))
     settings = fixed_settings(run.config) | change
     save_checkpoint(run, {key: value for key, value in settings.items() if value is not None})
     if message is None:
@@ -135,11 +136,11 @@ def test_settings_of_a_checkpoint_are_compared_key_by_key(
         run.newest()
 
 
-def test_a_config_that_was_edited_by_hand_is_not_taken_up(begun: tuple[Path, list[str]]) -> None:
-    path, _ = begun
-    run = opened(saved_config(path))
+def test_hand_edited_config_is_refused(started_run: tuple[Path, list[str]]) -> None:
+    path, _ = started_run
+    run = open_run(saved_config(path))
     save_checkpoint(run, fixed_settings(run.config))
     config = path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 5"))
     with pytest.raises(UserError, match=r"was made with seed 0, and .* says 5"):
-        opened(saved_config(path)).newest()
+        open_run(saved_config(path)).newest()

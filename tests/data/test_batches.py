@@ -159,9 +159,8 @@ def test_rank_reads_few_shards_of_window() -> None:
     )
     for step in range(10):
         read = [batches.shards(step, rank) for rank in range(2)]
-        assert set(read[0]) | set(read[1]) == set(range(16)) and all(
-            len(shards) <= 10 for shards in read
-        )
+        assert set(read[0]) | set(read[1]) == set(range(16))
+        assert all(len(shards) <= 10 for shards in read)
         for rank, shards in enumerate(read):
             micro_steps = range(batches.stage_at(step).plan.gradient_accumulation_steps)
             ids = np.concatenate(

@@ -121,8 +121,17 @@ def test_masked_words_match_hand_calculation() -> None:
     assert found == expected
 
 
-def test_token_masks_match_recorded_hash() -> None:
+@pytest.mark.parametrize(
+    ("unit", "recorded"),
+    [
+        ("token", "d0dc9c776c1789be0639a1258de0e7780f8615344f2ad8424de6b28e8b63bc37"),
+        ("word", "7abc0d1c47f2f1900b33fccc5fe1b378c3a011c75a7ea6c0e4a1834420f9b6be"),
+        ("span", "b51179eb7bb973e449911c635bb3af5436e55e7c0e6d0e742e66e9740e3b71a4"),
+    ],
+)
+def test_masks_match_recorded_hash(unit: Unit, recorded: str) -> None:
     found = hashlib.sha256()
+    masker = dataclasses.replace(masker_for(unit), vocab_size=1000, seed=2**62 + 3)
     for length, ratio, count in [
         (2, 0.15, 7),
         (9, 0.5, 5),
@@ -135,12 +144,12 @@ def test_token_masks_match_recorded_hash() -> None:
         rows[:, 0] = BOS
         rows[::3, length - length // 4 :] = PAD
         numbers = np.arange(count)
-        masked = Masker(ratio, 0.8, 0.1, 1000, MASK, SPECIAL, seed=2**62 + 3)(
+        masked = dataclasses.replace(masker, ratio=ratio)(
             rows, numbers // 5, numbers * 10**9 - 1, 0
         )
         for array in (masked.input_ids, masked.masked_positions, masked.labels):
             found.update(array.tobytes())
-    assert found.hexdigest() == "d0dc9c776c1789be0639a1258de0e7780f8615344f2ad8424de6b28e8b63bc37"
+    assert found.hexdigest() == recorded
 
 
 @given(

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 import kantai.data.tokenizer
-from kantai.data.tokenizer import SPECIAL_TOKENS, Vocabulary, load_tokenizer, save_tokenizer
+from kantai.data.tokenizer import (
+    SPECIAL_TOKENS,
+    Vocabulary,
+    load_tokenizer,
+    save_tokenizer,
+    text_parts,
+)
 from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import find_files
@@ -219,6 +225,7 @@ def test_text_without_spaces_survives_cutting(vocabulary: Vocabulary) -> None:
     text = "純粋理性批判" * 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.data.tokenizer, "_CHARACTERS_AT_ONCE", 500)
+        assert len(list(text_parts(text))) > 5
         ids, lengths = vocabulary.encode([text, "short"])
     assert vocabulary.tokenizer.decode(ids[: lengths[0]]) == text
     assert vocabulary.tokenizer.decode(ids[lengths[0] :]) == "short"

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def test_kernel_path_equals_mask_path(
     model: MaskedRoberta, shards_dir: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = MicroBatch(batch_of("isolated", shards_dir, tokenizer_dir)).inputs
+    kernel = Mock(side_effect=reference_varlen_attn)
     found = {}
     for path in ("mask", "kernel"):
         model.zero_grad()
@@ -176,7 +178,8 @@ def test_kernel_path_equals_mask_path(
             {name: p.grad.clone() for name, p in model.named_parameters()},
         )
         monkeypatch.setattr(MaskedRoberta, "_varlen_applies", lambda self, device: True)
-        monkeypatch.setattr(attention_module, "varlen_attn", reference_varlen_attn)
+        monkeypatch.setattr(attention_module, "varlen_attn", kernel)
+    assert kernel.call_count == model.config.num_hidden_layers
     assert found["mask"][0] == pytest.approx(found["kernel"][0], rel=1e-6)
     for name, gradient in found["mask"][1].items():
         assert torch.allclose(gradient, found["kernel"][1][name], atol=1e-5), name

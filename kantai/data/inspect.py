@@ -76,13 +76,7 @@ def _describe_frequent_tokens(counts: Int64s, vocabulary: Vocabulary | None) -> 
 
 
 def describe_step(
-    data: Data,
-    batches: Batches,
-    step: int,
-    rank: int,
-    rows: int,
-    *,
-    at: Callable[[int], int] = int,
+    data: Data, batches: Batches, step: int, rank: int, rows: int, *, at: Callable[[int], int] = int
 ) -> Iterator[str]:
     """The rows that a rank was shown in a step, counted from 0: epoch, sample id and text.
 

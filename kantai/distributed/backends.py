@@ -273,10 +273,7 @@ def _tensors_of_stages_1_and_2(
     zero: Any, optimizer: Optimizer, names: dict[int, str]
 ) -> list[ShardedTensor]:
     groups = zip(
-        optimizer.param_groups,
-        zero.single_partition_of_fp32_groups,
-        zero.bit16_groups,
-        strict=True,
+        optimizer.param_groups, zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
     )
     found = []
     for group, tensor, parameters in groups:

@@ -126,10 +126,7 @@ def find_files(inputs: Sequence[str]) -> list[File]:
 
 
 def cut(
-    files: Iterable[File],
-    *,
-    splittable: Callable[[File], bool],
-    piece_bytes: int | None = None,
+    files: Iterable[File], *, splittable: Callable[[File], bool], piece_bytes: int | None = None
 ) -> list[Piece]:
     """Divide files into pieces of about ``piece_bytes`` of text, in order.
 

@@ -133,10 +133,7 @@ class _PieceWriter:
 
     def _write_record(self, shards: dict[str, list[dict[str, Any]]]) -> None:
         found = {split: np.concatenate(self._fingerprints[split]) for split in SPLITS}
-        with (
-            replaced(self._job.arrays_path(self._number)) as path,
-            path.open("wb") as file,
-        ):
+        with replaced(self._job.arrays_path(self._number)) as path, path.open("wb") as file:
             np.savez_compressed(
                 file, counts=self._counts, train=found[TRAIN], held_out=found[HELD_OUT]
             )
@@ -153,11 +150,7 @@ def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:
     else:
         total = sum(span.stop - span.start for span in spans)
     with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="tokenizing",
-        disable=not sys.stderr.isatty(),
+        total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()
     ) as bar:
         if processes == 1:
             for number in numbers:

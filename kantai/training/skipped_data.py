@@ -34,14 +34,7 @@ class SkippedData:
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             windows = [cls._window(json.loads(line)) for line in lines]
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(
                 f"{path} is damaged: it says which data the run skips; bring it back from a copy"
             ) from None

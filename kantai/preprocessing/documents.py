@@ -11,7 +11,6 @@ import argparse
 import csv
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -127,9 +126,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 def with_progress_bar(texts: Iterable[str], total: int, description: str) -> Iterator[str]:
     """Pass texts on, and on a terminal show how many of about ``total`` characters are done."""
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=description, disable=not sys.stderr.isatty()
-    ) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as bar:
         for text in texts:
             yield text
             bar.update(len(text))

@@ -110,14 +110,11 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint whose every byte is as it was written; None where there is none.
+        """Step and manifest of the newest checkpoint whose every byte is as it was written.
 
         Args:
             set_aside: rename the damaged ones after it to ``damaged-...``; for the one process
                 that may write.
-
-        Returns:
-            Its step and manifest.
         """
         damaged = []
         for step in reversed(self.steps()):

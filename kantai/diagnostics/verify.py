@@ -58,18 +58,12 @@ _LOGIT_TOLERANCE = 1e-3  # absolute; fp32, but perhaps computed by a GPU here an
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison.
-
-    Attributes:
-        compared: in words.
-        difference: the largest one found.
-        tolerance: the largest one allowed.
-    """
+    """One comparison."""
 
     promise: str
-    compared: str
-    difference: float
-    tolerance: float
+    compared: str  # in words
+    difference: float  # the largest one found
+    tolerance: float  # the largest one allowed
 
     @property
     def holds(self) -> bool:

@@ -15,17 +15,11 @@ from kantai.data.tokenizer import Vocabulary
 
 @dataclass(frozen=True)
 class Score:
-    """Of all masked tokens of the held-out split.
+    """Of all masked tokens of the held-out split."""
 
-    Attributes:
-        loss: nats a masked token.
-        accuracy: share of the masked tokens that are predicted right.
-        masked: number of masked tokens.
-    """
-
-    loss: float
-    accuracy: float
-    masked: int
+    loss: float  # nats a masked token
+    accuracy: float  # share of the masked tokens that are predicted right
+    masked: int  # number of masked tokens
 
     @property
     def perplexity(self) -> float:
@@ -49,9 +43,7 @@ def held_out_score(
     Args:
         batches: see :meth:`kantai.data.dataset.Data.held_out_batches`.
         steps: that go through them once.
-        device: of the model.
         sum_over_ranks: adds a tensor over all ranks.
-        after_batch: called after each batch.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)

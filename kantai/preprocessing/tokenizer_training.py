@@ -58,7 +58,6 @@ def train_tokenizer(
         texts: documents, together at most 4 GB.
         vocab_size: maximum number of entries; a small corpus fills fewer.
         min_frequency: how often a pair must occur to become an entry.
-        show_progress: show the library's progress bars.
 
     Raises:
         UserError: see :func:`check_settings`.

@@ -32,11 +32,7 @@ class RunLogger:
         max_steps: int,
         is_main: bool,
     ) -> None:
-        """Show where the run is.
-
-        Args:
-            done: steps that are done already.
-        """
+        """Show where the run is: ``done`` steps are done already."""
         self.throughput = throughput
         self._run_dir = run_dir
         self._store = store
@@ -72,11 +68,7 @@ class RunLogger:
         step_seconds: float,
         data_wait_seconds: float,
     ) -> None:
-        """Log a step, counted from 1.
-
-        Args:
-            step_seconds: the wait for data included.
-        """
+        """Log a step, counted from 1; ``step_seconds`` includes the wait for data."""
         throughput = self.throughput
         throughput.observe(step_seconds, result.tokens, result.flops)
         if self._metrics is not None and not self._store.is_superseded():

@@ -201,11 +201,7 @@ class Trainer:
         return decision
 
     def roll_back(self, done: int) -> int:
-        """Go back to the newest valid checkpoint, and skip the data that came after it.
-
-        Returns:
-            The step of the checkpoint.
-        """
+        """Go back to the newest valid checkpoint and skip the data after it. Returns its step."""
         self.publish()
         back = self.engine.on_main(lambda: self._skip_data(done))
         self.engine.load_state(self.store.path(back))

@@ -174,11 +174,7 @@ def named_state(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_named_state(optimizer: Optimizer, saved: SavedState) -> None:
-    """Compare the tensors of a checkpoint with those of an optimizer.
-
-    Raises:
-        UserError: a tensor is missing, is one too many, or has another shape.
-    """
+    """Compare the tensors of a checkpoint with an optimizer's: names and shapes."""
     saved.check_shapes(
         {
             _entry(part.name, key): part.shape

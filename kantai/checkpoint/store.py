@@ -84,11 +84,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _fenced(self) -> Iterator[Path]:
-        """This start's own folder, through which all changes go.
-
-        Raises:
-            UserError: the folder is gone, as a later start has superseded this one.
-        """
+        """This start's own folder, through which all changes go, until a later start takes it."""
         assert self._attempt is not None, "supersede comes first"
         try:
             yield self._attempt
@@ -149,13 +145,7 @@ class CheckpointStore:
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
-    """Look whether there is room before anything is written.
-
-    A quota shows only when a file is written.
-
-    Raises:
-        UserError: there is too little room; it says how much is missing.
-    """
+    """Refuse a folder with too little room. A quota shows only when a file is written."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         missing = needed_bytes - free

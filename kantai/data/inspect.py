@@ -110,9 +110,6 @@ def hash_stream(
     """SHA-256 of the data of the steps from ``first_step`` up to ``stop_step``, as hex digits.
 
     The hash is the same for every number of ranks and every micro-batch size.
-
-    Args:
-        at: see :func:`describe_step`.
     """
     digest = hashlib.sha256()
     for step in map(at, range(first_step, stop_step)):

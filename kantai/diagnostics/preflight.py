@@ -251,10 +251,7 @@ CHECKS: tuple[Callable[[Facts, _Norm], Iterator[str]], ...] = (
 
 
 def judge(found: Sequence[Facts], nodes: Sequence[str], need_gib: float) -> dict[str, list[str]]:
-    """Return the complaints about each node from the facts of those that answered.
-
-    A good node has none.
-    """
+    """Return the complaints about each node, none about a good one."""
     norm = _Norm.of(found, need_gib)
     complaints = {node: ["does not answer"] for node in nodes}
     for facts in found:

@@ -18,13 +18,9 @@ from kantai.optim.sharding import Layout, ParamSlice, ShardedTensor
 
 
 class Backend(Protocol):
-    """What an engine needs to know of a backend.
+    """What an engine needs to know of a backend."""
 
-    Attributes:
-        model: the model to call, which the backend may have wrapped.
-    """
-
-    model: Any
+    model: Any  # to call; the backend may have wrapped it
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         """A context for a micro-step. Before the last one, gradients are not reduced."""

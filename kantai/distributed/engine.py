@@ -325,11 +325,7 @@ class Engine:
         return dict(self.from_all(self.snapshot().save(folder)))
 
     def load_state(self, folder: Path) -> None:
-        """Take up what :meth:`save_state` wrote under any backend and world size.
-
-        Raises:
-            UserError: a tensor is missing, is one too many, or has another shape.
-        """
+        """Take up what :meth:`save_state` wrote under any backend and world size."""
         saved = SavedState(folder)
         check_named_state(self.optimizer, saved)
         numbers = saved.numbers("steps", "loss_scale", "good_steps")

@@ -12,6 +12,8 @@ from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.tokenizer import Vocabulary
 
+_WORDS = 5  # for each mask
+
 
 @dataclass(frozen=True)
 class Score:
@@ -62,17 +64,12 @@ def held_out_score(
 
 @torch.no_grad()
 def fill_masks(
-    model: nn.Module,
-    vocabulary: Vocabulary,
-    prompts: Sequence[str],
-    max_length: int,
-    top_k: int = 5,
+    model: nn.Module, vocabulary: Vocabulary, prompts: Sequence[str], max_length: int
 ) -> list[list[tuple[str, float]]]:
     """The likeliest words for the ``<mask>`` of each prompt, with their probabilities.
 
     Args:
         max_length: tokens that the model has positions for. What a prompt has beyond is not seen.
-        top_k: words a prompt.
 
     Returns:
         For each prompt (word, probability), the likeliest first; none where its mask is not seen.
@@ -90,7 +87,7 @@ def fill_masks(
         with torch.compiler.set_stance("force_eager"):
             logits = model(torch.tensor([ids], device=device)).logits[0]
         masked = logits[ids.index(vocabulary.mask_id), : vocabulary.size]
-        best = masked.float().softmax(0).topk(top_k)
+        best = masked.float().softmax(0).topk(_WORDS)
         words = [
             tokenizer.decode([token], skip_special_tokens=False).strip()
             for token in best.indices.tolist()

@@ -139,11 +139,7 @@ class Cache:
             return self._remote.retry(file.name, lambda: self._download_or_free(file))
 
     def read_small(self, name: str) -> bytes:
-        """Read a small file, such as a manifest. It is not kept, since it may change.
-
-        Raises:
-            UserError: the file cannot be fetched.
-        """
+        """Read a small file, such as a manifest. It is not kept, since it may change."""
         return self._remote.retry(name, lambda: self._remote.read(name))
 
     def prefetch(self, wanted: Sequence[RemoteFile]) -> None:
@@ -277,11 +273,7 @@ class _Remote:
         )
 
     def retry(self, name: str, attempt: Callable[[], T]) -> T:
-        """Call ``attempt`` until it succeeds, and return its result.
-
-        Raises:
-            UserError: all tries failed, or one failed for good.
-        """
+        """Return the result of ``attempt`` once it succeeds; give up after ``tries`` failures."""
         number = 1
         while True:
             try:

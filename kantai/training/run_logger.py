@@ -40,11 +40,7 @@ class RunLogger:
         self._metrics: Metrics | None = None
 
     def open(self, done: int) -> None:
-        """Open the metrics behind step ``done``; for rank 0.
-
-        Raises:
-            UserError: a later start of the run writes them now.
-        """
+        """Open the metrics behind step ``done``; for rank 0."""
         if self._metrics is not None:
             self._metrics.finish()
         self._metrics = Metrics(self._run_dir, self._store, done + 1, allocated_since())

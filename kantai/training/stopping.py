@@ -40,7 +40,6 @@ class StopCoordinator:
         Args:
             seconds_needed: to do another step, and to save.
             save_is_due: rank 0's counts.
-            is_written: whether this rank's part of a checkpoint waits to be published.
 
         Raises:
             UserError: a later start of the run has superseded this one.

@@ -32,8 +32,7 @@ _SECONDS_FOR_THE_LAUNCHER = 60.0
 def train(run_dir: RunDir, rank_info: RankInfo) -> bool:
     """Train from the newest valid checkpoint, or from scratch, to the end or until asked to stop.
 
-    Returns:
-        Whether all steps are done.
+    Returns whether all steps are done.
     """
     try:
         return Trainer(run_dir, rank_info).train()

@@ -340,13 +340,10 @@ def _clip_plainly(gradients: list[Tensor], scale: float, max_norm: float) -> flo
 
 
 def compare_states(one: Path, other: Path, *, with_rounding: bool) -> float:
-    """How far weights and moments of two checkpoints of the same ranks are apart.
+    """The largest distance of a weight or moment in two checkpoints, relative to its norm.
 
     Args:
         with_rounding: compare also what nothing moves but rounding.
-
-    Returns:
-        The largest distance of a tensor, relative to its norm.
     """
     worst = 0.0
     for path in sorted(one.glob("*.safetensors")):

@@ -129,7 +129,6 @@ def read_lines(
     Args:
         content: opened at ``max(start - 1, 0)``, since the byte before ``start`` tells whether a
             line begins at ``start``.
-        path: for messages.
         stop: None: the end of the content.
 
     Raises:

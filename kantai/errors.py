@@ -11,10 +11,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """An error that the user can put right.
-
-    The message is one line: what is wrong, where, and what to do.
-    """
+    """An error whose message is one line: what is wrong, where, and what to do."""
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -28,16 +28,11 @@ _MAX_HEADER_BYTES = 512  # of a tensor: its name, shape and offsets
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's share of a state, in host memory.
-
-    Attributes:
-        tensors: weights and moments by their names in a checkpoint, in fp32.
-        numbers: what else a run needs to go on.
-    """
+    """A rank's share of a state, in host memory."""
 
     file_name: str
-    tensors: dict[str, Tensor]
-    numbers: dict[str, float]
+    tensors: dict[str, Tensor]  # weights and moments by their names in a checkpoint, in fp32
+    numbers: dict[str, float]  # what else a run needs to go on
 
     @property
     def size_bytes(self) -> int:
@@ -179,11 +174,7 @@ def named_state(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_named_state(optimizer: Optimizer, saved: SavedState) -> None:
-    """Compare the tensors of a checkpoint with those of an optimizer.
-
-    Raises:
-        UserError: a tensor is missing, is one too many, or has another shape.
-    """
+    """Compare the tensors of a checkpoint with an optimizer's: names and shapes."""
     saved.check_shapes(
         {
             _entry(part.name, key): part.shape

@@ -84,11 +84,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _fenced(self) -> Iterator[Path]:
-        """This start's own folder, through which all changes go.
-
-        Raises:
-            UserError: the folder is gone, as a later start has superseded this one.
-        """
+        """This start's own folder, through which all changes go, until a later start takes it."""
         assert self._attempt is not None, "supersede comes first"
         try:
             yield self._attempt
@@ -110,14 +106,11 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint whose every byte is as it was written; None where there is none.
+        """Step and manifest of the newest checkpoint whose every byte is as it was written.
 
         Args:
             set_aside: rename the damaged ones after it to ``damaged-...``; for the one process
                 that may write.
-
-        Returns:
-            Its step and manifest.
         """
         damaged = []
         for step in reversed(self.steps()):
@@ -152,13 +145,7 @@ class CheckpointStore:
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
-    """Look whether there is room before anything is written.
-
-    A quota shows only when a file is written.
-
-    Raises:
-        UserError: there is too little room; it says how much is missing.
-    """
+    """Refuse a folder with too little room. A quota shows only when a file is written."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         missing = needed_bytes - free

@@ -41,11 +41,7 @@ class StopSignals:
         _exit_at_second_signal()
 
     def stop_reason(self, seconds_needed: float) -> str | None:
-        """Why this process would stop now, or None.
-
-        Args:
-            seconds_needed: time for another step and a checkpoint.
-        """
+        """Why this process would stop now, if another step and a checkpoint take so long."""
         if self.signal is not None:
             return f"{self.signal.name} came"
         if self.watch_files and (self.run_dir / "STOP").exists():
@@ -61,9 +57,7 @@ class StopSignals:
     def acknowledge(self, *, stop: bool) -> None:
         """Remove the files whose request is being met; for one process alone.
 
-        Args:
-            stop: whether the run stops, too. Otherwise a STOP that has just appeared is left for
-                the next step.
+        Unless the run stops, a STOP that has just appeared is left for the next step.
         """
         for name in ("SAVE", "STOP") if stop else ("SAVE",):
             (self.run_dir / name).unlink(missing_ok=True)

@@ -107,11 +107,7 @@ def default_settings() -> dict[str, Any]:
 
 
 def refuse_other_run(config: Config, saved: Config) -> None:
-    """Compare a config with the one that a run directory was started with.
-
-    Raises:
-        UserError: a setting that decides the run's result differs.
-    """
+    """Refuse a config that differs from its run's in a setting that decides the result."""
     before = fixed_settings(saved)
     now = fixed_settings(config)
     changed = [

@@ -76,13 +76,7 @@ def _describe_frequent_tokens(counts: Int64s, vocabulary: Vocabulary | None) -> 
 
 
 def describe_step(
-    data: Data,
-    batches: Batches,
-    step: int,
-    rank: int,
-    rows: int,
-    *,
-    at: Callable[[int], int] = int,
+    data: Data, batches: Batches, step: int, rank: int, rows: int, *, at: Callable[[int], int] = int
 ) -> Iterator[str]:
     """The rows that a rank was shown in a step, counted from 0: epoch, sample id and text.
 
@@ -116,9 +110,6 @@ def hash_stream(
     """SHA-256 of the data of the steps from ``first_step`` up to ``stop_step``, as hex digits.
 
     The hash is the same for every number of ranks and every micro-batch size.
-
-    Args:
-        at: see :func:`describe_step`.
     """
     digest = hashlib.sha256()
     for step in map(at, range(first_step, stop_step)):

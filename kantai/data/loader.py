@@ -17,6 +17,7 @@ from kantai.data.dataset import Data
 from kantai.errors import UserError
 
 _PREFETCHED = 4  # micro-batches that a worker makes ahead
+_STEPS_AHEAD = 256  # steps whose shards are fetched before they are read
 
 
 @dataclass(frozen=True)
@@ -137,23 +138,20 @@ def _ignore_stop_signals(_worker: int) -> None:
 class Prefetcher:
     """Fetches shards at a URL to this node before a rank reads them."""
 
-    def __init__(
-        self, data: Data, batches: Batches, rank: int, first_step: int, *, steps_ahead: int = 256
-    ) -> None:
+    def __init__(self, data: Data, batches: Batches, rank: int, first_step: int) -> None:
         self.shards = data.shards
         self.batches = batches
         self.rank = rank
         self.stop_step = data.max_steps
-        self.steps_ahead = steps_ahead
         self.next_step = first_step
-        self.wanted: deque[list[int]] = deque(maxlen=steps_ahead)  # shards of each step
+        self.wanted: deque[list[int]] = deque(maxlen=_STEPS_AHEAD)  # shards of each step
 
     def advance(self, step: int) -> None:
         """Request the shards of the steps ahead of ``step`` that were not yet requested."""
         if self.shards.cache is None:
             return
         requested = set(itertools.chain(*self.wanted))
-        while self.next_step < min(step + self.steps_ahead, self.stop_step):
+        while self.next_step < min(step + _STEPS_AHEAD, self.stop_step):
             self.wanted.append(self.batches.shards(self.next_step, self.rank))
             self.next_step += 1
         wanted = list(dict.fromkeys(itertools.chain(*self.wanted)))

@@ -161,10 +161,7 @@ class ShardSet:
 
 
 def open_shards(
-    location: str | Path,
-    *,
-    hashes: bool | None = None,
-    cache: Callable[[str], Cache] | None = None,
+    location: str | Path, *, hashes: bool | None = None, cache: Callable[[str], Cache] | None = None
 ) -> ShardSet:
     """Open a set of shards.
 

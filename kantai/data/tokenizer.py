@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -147,14 +148,14 @@ def text_parts(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def batched_texts(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group consecutive texts, a million characters together."""
+def batched_texts(texts: Iterable[str], max_texts: float = math.inf) -> Iterator[list[str]]:
+    """Group consecutive texts, a million characters or ``max_texts`` together."""
     group: list[str] = []
     characters = 0
     for text in texts:
         group.append(text)
         characters += len(text)
-        if characters >= _CHARACTERS_AT_ONCE:
+        if characters >= _CHARACTERS_AT_ONCE or len(group) == max_texts:
             yield group
             group = []
             characters = 0

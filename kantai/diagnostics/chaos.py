@@ -137,9 +137,6 @@ class _Target:
 def chaos(work: Path, kills: int, corruptions: int, ranks: int, seed: int) -> bool:
     """Disturb runs until so many kills and corruptions are done, counting those of earlier calls.
 
-    Args:
-        work: a folder for everything, on the storage to be tested.
-
     Returns:
         Whether every run ended like the undisturbed one, every corruption was detected, and no
         start failed by itself.
@@ -302,11 +299,7 @@ class _Start:
     """The processes of one start of a run."""
 
     def __init__(self, target: _Target, max_file_bytes: int | None = None) -> None:
-        """Start all ranks.
-
-        Args:
-            max_file_bytes: no file can become longer; None: no limit.
-        """
+        """Start all ranks, which can write no file longer than ``max_file_bytes``."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -127,12 +127,7 @@ def _inspect_gpus() -> tuple[list[dict[str, str]], list[str]]:
 
 
 def _output(*command: str) -> str:
-    """Run a command and return what it printed.
-
-    Raises:
-        FileNotFoundError: there is no such command.
-        subprocess.TimeoutExpired: it did not end in time.
-    """
+    """Run a command and return what it printed."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

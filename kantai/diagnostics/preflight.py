@@ -68,10 +68,6 @@ def exchange(
 ) -> list[Facts]:
     """Exchange facts with the other nodes; compare clocks and the files in the run directory.
 
-    Args:
-        nodes: the names of all nodes, by number.
-        number: this node's number.
-
     Returns:
         On the first node the facts of all nodes that answered in time, on the others nothing.
     """
@@ -255,13 +251,7 @@ CHECKS: tuple[Callable[[Facts, _Norm], Iterator[str]], ...] = (
 
 
 def judge(found: Sequence[Facts], nodes: Sequence[str], need_gib: float) -> dict[str, list[str]]:
-    """Return the complaints about each node; a good node has none.
-
-    Args:
-        found: the facts of the nodes that answered.
-        nodes: the names of all nodes.
-        need_gib: space that the run directory must have.
-    """
+    """Return the complaints about each node, none about a good one."""
     norm = _Norm.of(found, need_gib)
     complaints = {node: ["does not answer"] for node in nodes}
     for facts in found:

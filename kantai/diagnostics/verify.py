@@ -58,18 +58,12 @@ _LOGIT_TOLERANCE = 1e-3  # absolute; fp32, but perhaps computed by a GPU here an
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison.
-
-    Attributes:
-        compared: in words.
-        difference: the largest one found.
-        tolerance: the largest one allowed.
-    """
+    """One comparison."""
 
     promise: str
-    compared: str
-    difference: float
-    tolerance: float
+    compared: str  # in words
+    difference: float  # the largest one found
+    tolerance: float  # the largest one allowed
 
     @property
     def holds(self) -> bool:
@@ -346,13 +340,10 @@ def _clip_plainly(gradients: list[Tensor], scale: float, max_norm: float) -> flo
 
 
 def compare_states(one: Path, other: Path, *, with_rounding: bool) -> float:
-    """How far weights and moments of two checkpoints of the same ranks are apart.
+    """The largest distance of a weight or moment in two checkpoints, relative to its norm.
 
     Args:
         with_rounding: compare also what nothing moves but rounding.
-
-    Returns:
-        The largest distance of a tensor, relative to its norm.
     """
     worst = 0.0
     for path in sorted(one.glob("*.safetensors")):

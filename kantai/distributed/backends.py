@@ -1,6 +1,6 @@
 """How gradients are computed, reduced and applied: PyTorch alone or in DDP, or DeepSpeed.
 
-Three backends with the same few methods. All average gradients over ranks.
+Three backends with the methods of :class:`Backend`. All average gradients over ranks.
 """
 
 import contextlib
@@ -18,13 +18,9 @@ from kantai.optim.sharding import Layout, ParamSlice, ShardedTensor
 
 
 class Backend(Protocol):
-    """What an engine needs to know of a backend.
+    """What an engine needs to know of a backend."""
 
-    Attributes:
-        model: the model to call, which the backend may have wrapped.
-    """
-
-    model: Any
+    model: Any  # to call; the backend may have wrapped it
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         """A context for a micro-step. Before the last one, gradients are not reduced."""
@@ -95,17 +91,14 @@ class PyTorch:
             _settle_buckets(self.model, model)
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """See :class:`Backend`."""
         if is_last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
     def backward(self, loss: Tensor, scale: float) -> None:
-        """See :class:`Backend`."""
         torch.autograd.backward(loss * scale)
 
     def step(self, may_step: Tensor, limit: float, scale: float) -> tuple[Tensor, Tensor]:
-        """See :class:`Backend`."""
         norm = _mean_norm(self._accelerator, self._parameters, scale)
         steps = may_step & norm.isfinite() & (norm <= limit)
         self._optimizer.set_scaling((~steps).float(), _clip_scale(norm, self._clip_norm, scale))
@@ -117,7 +110,6 @@ class PyTorch:
         """Nothing to do: the optimizer's tensors are the model's own."""
 
     def release(self) -> None:
-        """See :class:`Backend`."""
         vars(self._optimizer).clear()
 
 
@@ -134,16 +126,14 @@ class DeepSpeedDDP:
         self._clip_norm = clip_norm
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """See :class:`Backend`."""
         self.model.set_gradient_accumulation_boundary(is_last)
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, scale: float) -> None:
-        """See :class:`Backend`."""
         self.model.backward(loss * scale, scale_wrt_gas=False)
 
     def step(self, may_step: Tensor, limit: float, scale: float) -> tuple[Tensor, Tensor]:
-        """See :class:`Backend`. Clips and skips as without DeepSpeed."""
+        """Clips and skips as without DeepSpeed."""
         norm = _mean_norm(self._accelerator, self._parameters, scale)
         steps = may_step & norm.isfinite() & (norm <= limit)
         self._optimizer.set_scaling((~steps).float(), _clip_scale(norm, self._clip_norm, scale))
@@ -154,7 +144,6 @@ class DeepSpeedDDP:
         """Nothing to do: the optimizer's tensors are the model's own."""
 
     def release(self) -> None:
-        """See :class:`Backend`."""
         vars(self._optimizer).clear()
 
 
@@ -186,18 +175,17 @@ class DeepSpeedZero:
         self._limit = math.inf
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """See :class:`Backend`."""
         self.model.set_gradient_accumulation_boundary(is_last)
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, scale: float) -> None:
-        """See :class:`Backend`. DeepSpeed scales."""
+        """DeepSpeed scales."""
         if scale != self._zero.loss_scale:
             self._zero.override_loss_scale(scale)
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, may_step: Tensor, limit: float, scale: float) -> tuple[Tensor, Tensor]:
-        """See :class:`Backend`. DeepSpeed clips, and refuses gradients that are not finite."""
+        """DeepSpeed clips, and refuses gradients that are not finite."""
         self._may_step = may_step
         self._limit = limit
         self.model.step()
@@ -205,7 +193,7 @@ class DeepSpeedZero:
         return norm, may_step & norm.isfinite() & (norm <= limit)
 
     def set_weight(self, name: str, whole: Tensor) -> None:
-        """See :class:`Backend`. The model's copy is another one than the optimizer's."""
+        """The model's copy is another one than the optimizer's."""
         parameter: Any = self._parameters[name]
         if not self._is_stage_3:
             parameter.data.copy_(whole)
@@ -216,7 +204,7 @@ class DeepSpeedZero:
             parameter.data.copy_(whole)
 
     def release(self) -> None:
-        """See :class:`Backend`. Stage 3's lists and hooks keep this object alive for ever."""
+        """Stage 3's lists and hooks keep this object alive for ever."""
         vars(self._zero).clear()
         vars(self._optimizer).clear()
 
@@ -273,10 +261,7 @@ def _tensors_of_stages_1_and_2(
     zero: Any, optimizer: Optimizer, names: dict[int, str]
 ) -> list[ShardedTensor]:
     groups = zip(
-        optimizer.param_groups,
-        zero.single_partition_of_fp32_groups,
-        zero.bit16_groups,
-        strict=True,
+        optimizer.param_groups, zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
     )
     found = []
     for group, tensor, parameters in groups:

@@ -45,39 +45,20 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, over all ranks.
+    """What a step came to, over all ranks."""
 
-    Attributes:
-        loss: nats a masked token.
-        accuracy: share of the masked tokens that were predicted right.
-        grad_norm: before clipping.
-        tokens: that are no padding.
-        flops: floating-point operations of the model's matrix products.
-        skipped: for bad numbers; weights and moments are as they were.
-        loss_scale: of fp16; else 1.
-    """
-
-    loss: float
-    accuracy: float
-    grad_norm: float
-    tokens: int
-    flops: int
-    skipped: bool
-    loss_scale: float
+    loss: float  # nats a masked token
+    accuracy: float  # share of the masked tokens that were predicted right
+    grad_norm: float  # before clipping
+    tokens: int  # that are no padding
+    flops: int  # floating-point operations of the model's matrix products
+    skipped: bool  # for bad numbers; weights and moments are as they were
+    loss_scale: float  # of fp16; else 1
 
     @property
     def perplexity(self) -> float:
         """Exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """How much work a step is, over all ranks."""
-
-    masked: int
-    tokens: int
-    attended_pairs: int
 
 
 class Engine:
@@ -157,8 +138,8 @@ class Engine:
             loss_limit: largest loss with which weights move.
             grad_norm_limit: the same for the gradient norm.
         """
-        counts = self._count(micro_batches)
-        loss, correct = self._forward_backward(step, micro_batches, max(1, counts.masked))
+        masked, tokens, pairs = self._count(micro_batches)
+        loss, correct = self._forward_backward(step, micro_batches, masked)
         scale = self.loss_scale.value
         may_step = loss.isfinite() & (loss <= loss_limit)
         for group in self.optimizer.param_groups:
@@ -173,15 +154,14 @@ class Engine:
             loss=loss_value,
             accuracy=accuracy,
             grad_norm=norm,
-            tokens=counts.tokens,
-            flops=training_flops(
-                self.raw_model.config, counts.tokens, counts.attended_pairs, max(1, counts.masked)
-            ),
+            tokens=tokens,
+            flops=training_flops(self.raw_model.config, tokens, pairs, masked),
             skipped=not has_stepped and not overflowed,
             loss_scale=scale,
         )
 
-    def _count(self, micro_batches: Sequence[MicroBatch]) -> _Counts:
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
+        """Masked tokens (at least 1), tokens, and attended pairs of a step, over all ranks."""
         batches = [micro_batch.batch for micro_batch in micro_batches]
         own = [
             sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches),
@@ -189,7 +169,7 @@ class Engine:
             sum(batch.attended_pairs for batch in batches),
         ]
         masked, tokens, pairs = self.sum_over_ranks(torch.tensor(own, dtype=torch.float64)).tolist()
-        return _Counts(int(masked), int(tokens), int(pairs))
+        return max(1, int(masked)), int(tokens), int(pairs)
 
     def _forward_backward(
         self, step: int, micro_batches: Sequence[MicroBatch], masked: int
@@ -345,11 +325,7 @@ class Engine:
         return dict(self.from_all(self.snapshot().save(folder)))
 
     def load_state(self, folder: Path) -> None:
-        """Take up what :meth:`save_state` wrote under any backend and world size.
-
-        Raises:
-            UserError: a tensor is missing, is one too many, or has another shape.
-        """
+        """Take up what :meth:`save_state` wrote under any backend and world size."""
         saved = SavedState(folder)
         check_named_state(self.optimizer, saved)
         numbers = saved.numbers("steps", "loss_scale", "good_steps")

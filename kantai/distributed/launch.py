@@ -22,10 +22,7 @@ _M_MMAP_MAX = -4
 def join(
     rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | None = None
 ) -> Accelerator:
-    """The accelerator of this rank.
-
-    Args:
-        timeout_seconds: of collectives.
+    """The accelerator of this rank, whose collectives end after ``timeout_seconds``.
 
     Raises:
         UserError: the world, the backend or DeepSpeed's precision is not what was asked for.

@@ -12,20 +12,16 @@ from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.tokenizer import Vocabulary
 
+_WORDS = 5  # for each mask
+
 
 @dataclass(frozen=True)
 class Score:
-    """Of all masked tokens of the held-out split.
+    """Of all masked tokens of the held-out split."""
 
-    Attributes:
-        loss: nats a masked token.
-        accuracy: share of the masked tokens that are predicted right.
-        masked: number of masked tokens.
-    """
-
-    loss: float
-    accuracy: float
-    masked: int
+    loss: float  # nats a masked token
+    accuracy: float  # share of the masked tokens that are predicted right
+    masked: int  # number of masked tokens
 
     @property
     def perplexity(self) -> float:
@@ -49,9 +45,7 @@ def held_out_score(
     Args:
         batches: see :meth:`kantai.data.dataset.Data.held_out_batches`.
         steps: that go through them once.
-        device: of the model.
         sum_over_ranks: adds a tensor over all ranks.
-        after_batch: called after each batch.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -70,17 +64,12 @@ def held_out_score(
 
 @torch.no_grad()
 def fill_masks(
-    model: nn.Module,
-    vocabulary: Vocabulary,
-    prompts: Sequence[str],
-    max_length: int,
-    top_k: int = 5,
+    model: nn.Module, vocabulary: Vocabulary, prompts: Sequence[str], max_length: int
 ) -> list[list[tuple[str, float]]]:
     """The likeliest words for the ``<mask>`` of each prompt, with their probabilities.
 
     Args:
         max_length: tokens that the model has positions for. What a prompt has beyond is not seen.
-        top_k: words a prompt.
 
     Returns:
         For each prompt (word, probability), the likeliest first; none where its mask is not seen.
@@ -98,7 +87,7 @@ def fill_masks(
         with torch.compiler.set_stance("force_eager"):
             logits = model(torch.tensor([ids], device=device)).logits[0]
         masked = logits[ids.index(vocabulary.mask_id), : vocabulary.size]
-        best = masked.float().softmax(0).topk(top_k)
+        best = masked.float().softmax(0).topk(_WORDS)
         words = [
             tokenizer.decode([token], skip_special_tokens=False).strip()
             for token in best.indices.tolist()

@@ -193,11 +193,7 @@ class MaskedRoberta(RobertaForMaskedLM):
 def build_model(
     config: ModelConfig, vocabulary: Vocabulary, *, seq_len: int, seed: int
 ) -> MaskedRoberta:
-    """A freshly initialised model. Its weights are a function of the seed.
-
-    Args:
-        seq_len: tokens of the longest sequence.
-    """
+    """A new model for up to ``seq_len`` tokens. Its weights are a function of the seed."""
     rounded = -(-vocabulary.size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     shape = config.model_dump(exclude={"vocab_size", "max_position_embeddings", "position_init"})
     torch.manual_seed(seed)

@@ -25,11 +25,7 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
-    """Refuse a schedule that does not fit the length of the run.
-
-    Raises:
-        UserError: the warmup never ends.
-    """
+    """Refuse a schedule whose warmup never ends."""
     if config.warmup_steps >= max_steps > 1:
         raise UserError(
             f"optimizer.warmup_steps {config.warmup_steps} is not less than the run's {max_steps} "

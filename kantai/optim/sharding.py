@@ -12,36 +12,22 @@ _BUCKET_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """Which elements of a parameter lie where in a tensor that is updated on this rank.
+    """Which elements of a parameter lie where in a tensor that is updated on this rank."""
 
-    Attributes:
-        name: of the parameter.
-        shape: of the whole parameter.
-        start: first element, in the flattened parameter.
-        offset: where it lies in the tensor.
-        numel: number of elements; 0 where another rank has all of them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    offset: int
-    numel: int
+    name: str  # of the parameter
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # first element, in the flattened parameter
+    offset: int  # where it lies in the tensor
+    numel: int  # number of elements; 0 where another rank has all of them
 
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor that is updated on this rank: one parameter, or slices of many laid end to end.
+    """A tensor that is updated on this rank: one parameter, or slices of many laid end to end."""
 
-    Attributes:
-        tensor: fp32.
-        kind: which optimizer moves it, "adamw" or "muon".
-        slices: of all parameters that lie in it on some rank, in the same order on all ranks.
-    """
-
-    tensor: Tensor
-    kind: str
-    slices: list[ParamSlice]
+    tensor: Tensor  # fp32
+    kind: str  # which optimizer moves it, "adamw" or "muon"
+    slices: list[ParamSlice]  # of all parameters in it on some rank, in one order on all ranks
 
     @classmethod
     def of_parameter(cls, name: str, parameter: Tensor, kind: str) -> "ShardedTensor":
@@ -52,14 +38,11 @@ class ShardedTensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """All tensors that are updated on this rank.
-
-    Attributes:
-        sum_over_ranks: adds a tensor over the ranks that hold slices of the same parameters;
-            None where every rank has all of them.
-    """
+    """All tensors that are updated on this rank."""
 
     tensors: list[ShardedTensor]
+    # Adds a tensor over the ranks that hold slices of the same parameters; None where every rank
+    # has all of them.
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def gather(self, sharded: ShardedTensor, values: Tensor) -> Iterator[tuple[ParamSlice, Tensor]]:

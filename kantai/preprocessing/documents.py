@@ -11,7 +11,6 @@ import argparse
 import csv
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -63,10 +62,7 @@ def splittable(file: File, unit: Unit | None) -> bool:
 
 
 def documents(
-    piece: Piece,
-    unit: Unit | None = None,
-    text_field: str = "text",
-    report: Report | None = None,
+    piece: Piece, unit: Unit | None = None, text_field: str = "text", report: Report | None = None
 ) -> Iterator[str]:
     """Yield the documents of a piece in order.
 
@@ -124,21 +120,13 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         help="unit of text that becomes one document (default: line for text, record for the rest)",
     )
     parser.add_argument(
-        "--text_field",
-        default="text",
-        help="field of a record that holds its text (default text)",
+        "--text_field", default="text", help="field of a record that holds its text (default text)"
     )
 
 
 def with_progress_bar(texts: Iterable[str], total: int, description: str) -> Iterator[str]:
     """Pass texts on, and on a terminal show how many of about ``total`` characters are done."""
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc=description,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as bar:
         for text in texts:
             yield text
             bar.update(len(text))

@@ -45,18 +45,11 @@ _VERSION_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An input file, or a data set on the Hub.
+    """An input file, or a data set on the Hub."""
 
-    Attributes:
-        path: local path, fsspec URL, or ``hub:NAME[:CONFIG[:SPLIT]]``.
-        size: bytes as stored; for a data set on the Hub, the number of its shards.
-        version: modification time, ETag or revision, which changes with the content; "" where the
-            file system states none.
-    """
-
-    path: str
-    size: int
-    version: str
+    path: str  # local path, fsspec URL, or ``hub:NAME[:CONFIG[:SPLIT]]``
+    size: int  # bytes as stored; for a data set on the Hub, the number of its shards
+    version: str  # modification time, ETag or revision; "" where the file system states none
 
     @property
     def suffixes(self) -> tuple[str, str]:
@@ -90,16 +83,12 @@ Piece = tuple[Span, ...]
 
 
 def find_files(inputs: Sequence[str]) -> list[File]:
-    """Find the input files behind paths, directories, globs, fsspec URLs and Hub data sets.
+    """Find the files behind paths, directories, globs, fsspec URLs and ``hub:`` data sets.
 
     A directory, also one that a glob matches, stands for all files below it except hidden ones.
     Links to directories are followed, but one input searches no directory twice. Files come in the
     order of the inputs, sorted within each input, and each file once. Empty files are kept: readers
     count them.
-
-    Args:
-        inputs: URLs may name files, directories and globs; data sets are
-            ``hub:NAME[:CONFIG[:SPLIT]]``.
 
     Raises:
         UserError: an input matches nothing or cannot be reached, a link leads nowhere, a driver is
@@ -126,10 +115,7 @@ def find_files(inputs: Sequence[str]) -> list[File]:
 
 
 def cut(
-    files: Iterable[File],
-    *,
-    splittable: Callable[[File], bool],
-    piece_bytes: int | None = None,
+    files: Iterable[File], *, splittable: Callable[[File], bool], piece_bytes: int | None = None
 ) -> list[Piece]:
     """Divide files into pieces of about ``piece_bytes`` of text, in order.
 
@@ -137,7 +123,6 @@ def cut(
     Each shard of a data set on the Hub is a piece.
 
     Args:
-        splittable: whether parts of a file can be read alone.
         piece_bytes: default: 1/64 of the corpus, but at least 4 MiB and at most 128 MiB.
     """
     sized = [(file, file.text_bytes) for file in files]
@@ -252,7 +237,8 @@ def _sorting_key(path: str) -> list[str]:
 
 def _find_input(name: str) -> list[File]:
     if name.startswith(HUB):
-        return [_hub_file(name)]
+        # The builder hashes the revision, or the modification times of local files.
+        return [File(name, hub_dataset(name).num_shards, _hub_builder(name).hash)]
     if _is_remote(name):
         return _remote_files(name)
     return _local_files(name)
@@ -407,11 +393,6 @@ def _hub_builder(path: str) -> Any:
     if name.startswith((".", "/")):
         name = os.path.abspath(name)
     return datasets.load_dataset_builder(name, config or None)
-
-
-def _hub_file(path: str) -> File:
-    # The builder hashes the revision, or the modification times of local files.
-    return File(path, hub_dataset(path).num_shards, _hub_builder(path).hash)
 
 
 def _hub_bytes(path: str) -> int:

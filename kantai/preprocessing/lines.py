@@ -19,30 +19,18 @@ class Report:
     """Counts of what was read.
 
     Reports of disjoint spans can be merged; ``dataclasses.asdict`` makes a report JSON.
-
-    Attributes:
-        documents: documents given out.
-        characters: characters in these documents.
-        empty: empty or blank lines (of text cut into lines), files and records, all left out.
-        empty_files: files of 0 bytes.
-        replaced: documents in which U+FFFD replaced something, for either of the next two reasons.
-        invalid_utf8: documents with bytes that are not UTF-8, or with half a surrogate pair.
-        nul: documents with NUL characters.
-        byte_order_marks: files that began with a byte-order mark.
-        windows_line_ends: lines that ended in ``\\r\\n``.
-        first: the place where each of the last six was first met, by its name.
     """
 
-    documents: int = 0
-    characters: int = 0
-    empty: int = 0
-    empty_files: int = 0
-    replaced: int = 0
-    invalid_utf8: int = 0
-    nul: int = 0
-    byte_order_marks: int = 0
-    windows_line_ends: int = 0
-    first: dict[str, str] = field(default_factory=dict)
+    documents: int = 0  # given out
+    characters: int = 0  # in these documents
+    empty: int = 0  # empty or blank lines (of text cut into lines), files and records, all left out
+    empty_files: int = 0  # of 0 bytes
+    replaced: int = 0  # documents in which U+FFFD stands for one of the next two
+    invalid_utf8: int = 0  # documents with bytes that are not UTF-8, or with half a surrogate pair
+    nul: int = 0  # documents with NUL characters
+    byte_order_marks: int = 0  # files that began with one
+    windows_line_ends: int = 0  # lines that ended in \r\n
+    first: dict[str, str] = field(default_factory=dict)  # where each of the last six was first met
 
     def merge(self, following: "Report") -> None:
         """Include the report of the span that was read next."""
@@ -78,25 +66,15 @@ class Report:
 
 @dataclass(slots=True)
 class Block:
-    """Some consecutive lines of a file.
+    """Some consecutive lines of a file."""
 
-    Attributes:
-        path: the file's path.
-        raw: the lines as stored, with their line ends.
-        offset: the place of the first byte in the file's text.
-        number: the number of the first line, from 1; 0 if unknown.
-        inside: whether the lines begin inside the span that is read, or behind it.
-        lines: the text of the lines, repaired, without line ends.
-        defects: what had to be repaired in a line, by its index.
-    """
-
-    path: str
-    raw: bytes
-    offset: int
-    number: int
-    inside: bool
-    lines: list[str]
-    defects: dict[int, tuple[str, ...]]
+    path: str  # of the file
+    raw: bytes  # the lines as stored, with their line ends
+    offset: int  # of the first byte in the file's text
+    number: int  # of the first line, from 1; 0 if unknown
+    inside: bool  # whether the lines begin inside the span that is read, or behind it
+    lines: list[str]  # their text, repaired, without line ends
+    defects: dict[int, tuple[str, ...]]  # what had to be repaired in a line, by its index
 
     def defects_at(self, index: int) -> dict[str, str]:
         """Return the defects of a line, each with its place."""
@@ -119,10 +97,9 @@ def check_length(length: int, place: str) -> None:
 
 
 def repaired(text: str | bytes) -> tuple[str, tuple[str, ...]]:
-    """Return a text without half surrogate pairs, NULs and bytes that are not UTF-8.
+    """Return a text with U+FFFD for half surrogate pairs, NULs and bytes that are not UTF-8.
 
-    Returns:
-        The text with U+FFFD in place of these, and the names of the defects found.
+    The names of the defects found come with it.
     """
     defects: tuple[str, ...] = ()
     if isinstance(text, bytes):
@@ -152,7 +129,6 @@ def read_lines(
     Args:
         content: opened at ``max(start - 1, 0)``, since the byte before ``start`` tells whether a
             line begins at ``start``.
-        path: for messages.
         stop: None: the end of the content.
 
     Raises:

@@ -63,17 +63,11 @@ def describe(manifest: dict[str, Any]) -> Iterator[str]:
 
 @dataclass
 class _Contents:
-    """What the merged shards hold.
+    """What the merged shards hold."""
 
-    Attributes:
-        counts: how often each token occurs, [splits, vocabulary].
-        shards: the entries of each split's shards.
-        duplicates: documents left out.
-    """
-
-    counts: Int64s
-    shards: dict[str, list[dict[str, Any]]]
-    duplicates: int = 0
+    counts: Int64s  # how often each token occurs, [splits, vocabulary]
+    shards: dict[str, list[dict[str, Any]]]  # the entries of each split's shards
+    duplicates: int = 0  # documents left out
 
     def leave_out(self, split: str, tokens: TokenIds, documents: int) -> None:
         """Subtract duplicates from the counts."""
@@ -203,11 +197,7 @@ def _with_duplicates(
 
 
 def _without(path: Path, documents: Int64s) -> tuple[TokenIds, Int64s, TokenIds]:
-    """Read a shard without some documents.
-
-    Returns:
-        The tokens and lengths of the other documents, and the tokens of these.
-    """
+    """Read a shard: tokens and lengths of the documents but for some, and the tokens of these."""
     with path.open("rb") as file:
         shard = map_shard(file)
     kept = np.ones(len(shard.lengths), np.bool_)

@@ -32,36 +32,22 @@ _Range = tuple[int, int]  # bytes from the first to before the second
 
 @dataclass(frozen=True)
 class Draw:
-    """The documents of a piece whose random number is at least ``low`` and below ``high``.
-
-    Attributes:
-        piece: the spans to read.
-        key: of the random numbers, one a document.
-        low: the lower bound.
-        high: the upper bound.
-        max_bytes: drawing ends once the documents have this many bytes.
-    """
+    """The documents of a piece whose random number is at least ``low`` and below ``high``."""
 
     piece: Piece
-    key: rng.UInt64s
+    key: rng.UInt64s  # of the random numbers, one a document
     low: float
     high: float
-    max_bytes: float = np.inf
+    max_bytes: float = np.inf  # drawing ends once the documents have this many bytes
 
 
 @dataclass
 class Sample:
-    """A part of the documents of a corpus.
-
-    Attributes:
-        draws: what to read.
-        expected_bytes: an estimate of the bytes of UTF-8.
-        bytes: the bytes that were read so far.
-    """
+    """A part of the documents of a corpus."""
 
     draws: list[Draw]
-    expected_bytes: int
-    bytes: int = 0
+    expected_bytes: int  # an estimate of the bytes of UTF-8
+    bytes: int = 0  # read so far
 
     @property
     def files(self) -> int:
@@ -95,12 +81,8 @@ def draw_samples(
     is drawn from the same documents.
 
     Args:
-        files: the corpus.
-        sample_bytes: size of the first sample.
-        seed: another seed draws other documents.
         documents: reads a piece; used to measure files that cannot be split.
         splittable: whether parts of a file can be read alone.
-        rest_bytes: size of the second sample.
     """
     parts = [part for file in files for part in _parts(file, splittable(file))]
     if sum(part.text_bytes for part in parts) <= sample_bytes:
@@ -130,18 +112,11 @@ def draw_samples(
 
 @dataclass
 class _Part:
-    """A span that is sampled alone.
+    """A span that is sampled alone."""
 
-    Attributes:
-        span: the file, a shard of a data set, or 128 MiB of a Parquet file.
-        text_bytes: an estimate of its text, until it is measured.
-        splittable: whether any range of its bytes can be read alone.
-        is_measured: whether ``text_bytes`` was counted.
-    """
-
-    span: Span
-    text_bytes: int
-    splittable: bool
+    span: Span  # the file, a shard of a data set, or 128 MiB of a Parquet file
+    text_bytes: int  # an estimate, until it is measured
+    splittable: bool  # whether any range of its bytes can be read alone
     is_measured: bool = False
 
     def measure(self, documents: Reader) -> None:

@@ -96,15 +96,10 @@ def python_docs() -> str:
 def write_starter(
     folder: Path, name: str, fetch_kant: Callable[[], tuple[str, list[str]]] = fetch
 ) -> str:
-    """Write ``corpus.txt``, ``prompts.json`` and ``source.json`` into a folder.
+    """Write ``corpus.txt``, ``prompts.json`` and ``source.json``; return a line that says which.
 
     Args:
-        folder: an existing folder.
         name: ``kant``, ``python-docs``, or ``auto``: kant if it can be fetched, else python-docs.
-        fetch_kant: returns the text and its sources.
-
-    Returns:
-        One line that says which corpus was written and why.
 
     Raises:
         UserError: ``kant`` was asked for and no source gave it.

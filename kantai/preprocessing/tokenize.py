@@ -6,18 +6,17 @@ after a kill makes only the pieces that have no record. :func:`kantai.preprocess
 publishes the folder once every piece has a record.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,13 @@ from tqdm import tqdm
 
 from kantai.data.rng import Bools, Int64s, TokenIds, UInt64s
 from kantai.data.shards import SPLITS, ShardWriter, token_dtype
+from kantai.data.tokenizer import batched_texts
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens
 from kantai.preprocessing.lines import Report
 from kantai.storage.atomic import Damaged, read_manifest, replaced
 
-_BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _PROGRESS_SECONDS = 0.5
 
@@ -40,8 +39,6 @@ def tokenize(job: Job, *, part: int = 0, parts: int = 1, processes: int | None =
     """Tokenize the pieces ``part``, ``part + parts``, ... that are not finished yet.
 
     Args:
-        part: the number of this part, from 0.
-        parts: how many parts the pieces are divided into.
         processes: processes to run; default: one per core.
 
     Raises:
@@ -71,16 +68,10 @@ def _refuse_output(job: Job) -> None:
     """
     if not job.output.exists():
         return
-    if _is_published(job.output):
-        shutil.rmtree(job.output / job.work.name, ignore_errors=True)
+    with contextlib.suppress(Damaged):
+        if read_manifest(job.output).get("kind") == "shards":
+            shutil.rmtree(job.output / job.work.name, ignore_errors=True)
     raise UserError(f"{job.output} exists already; remove it or choose another output")
-
-
-def _is_published(folder: Path) -> bool:
-    try:
-        return read_manifest(folder).get("kind") == "shards"
-    except Damaged:
-        return False
 
 
 class _PieceWriter:
@@ -103,7 +94,7 @@ class _PieceWriter:
         """Write the shards, and last the record; pass on the bytes of text after each batch."""
         job = self._job
         texts = documents(job.pieces[self._number], job.unit, job.text_field, self._report)
-        for batch in _batched(texts):
+        for batch in batched_texts(texts, _BATCH_DOCUMENTS):
             show_progress(self._tokenize_batch(batch))
         shards = {split: self._shards[split].finish() for split in SPLITS}
         self._write_record(shards)
@@ -133,10 +124,7 @@ class _PieceWriter:
 
     def _write_record(self, shards: dict[str, list[dict[str, Any]]]) -> None:
         found = {split: np.concatenate(self._fingerprints[split]) for split in SPLITS}
-        with (
-            replaced(self._job.arrays_path(self._number)) as path,
-            path.open("wb") as file,
-        ):
+        with replaced(self._job.arrays_path(self._number)) as path, path.open("wb") as file:
             np.savez_compressed(
                 file, counts=self._counts, train=found[TRAIN], held_out=found[HELD_OUT]
             )
@@ -152,13 +140,7 @@ def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:
         total = None  # nobody knows how much text is in compressed files
     else:
         total = sum(span.stop - span.start for span in spans)
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="tokenizing",
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         if processes == 1:
             for number in numbers:
                 _PieceWriter(job, number).tokenize(bar.update)
@@ -220,21 +202,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield consecutive texts in batches of a MiB of characters, or of 4,096 texts."""
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch = []
-            characters = 0
-    if batch:
-        yield batch
 
 
 def _fingerprints(texts: list[str]) -> tuple[UInt64s, int]:

@@ -47,9 +47,7 @@ def check_settings(vocab_size: int, min_frequency: int, sample_bytes: float = 0)
         )
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, min_frequency: int, *, show_progress: bool = False
-) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Tokenizer:
     """Train a byte-level BPE with RoBERTa's special tokens as ids 0 to 4.
 
     Memory grows with the number of different words in the texts.
@@ -58,7 +56,6 @@ def train_tokenizer(
         texts: documents, together at most 4 GB.
         vocab_size: maximum number of entries; a small corpus fills fewer.
         min_frequency: how often a pair must occur to become an entry.
-        show_progress: show the library's progress bars.
 
     Raises:
         UserError: see :func:`check_settings`.
@@ -79,7 +76,7 @@ def train_tokenizer(
             min_frequency=min_frequency,
             special_tokens=specials,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=show_progress,
+            show_progress=False,
         ),
     )
     tokenizer.post_processor = processors.RobertaProcessing(

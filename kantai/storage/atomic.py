@@ -53,7 +53,6 @@ def staged(target: Path, **meta: Any) -> Iterator[Path]:
     """Yield an empty folder; publish it as ``target`` if the block succeeds, else remove it.
 
     Args:
-        target: the place at which the whole folder appears.
         meta: entries of the manifest beside the list of files. The block may still fill a dict
             that is given here.
 

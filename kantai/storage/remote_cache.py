@@ -33,6 +33,7 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from kantai.errors import UserError
+from kantai.storage.atomic import sha256
 
 T = TypeVar("T")
 _PASSING_STATUSES = (408, 425, 429)  # HTTP's client errors that ask the client to try again
@@ -138,11 +139,7 @@ class Cache:
             return self._remote.retry(file.name, lambda: self._download_or_free(file))
 
     def read_small(self, name: str) -> bytes:
-        """Read a small file, such as a manifest. It is not kept, since it may change.
-
-        Raises:
-            UserError: the file cannot be fetched.
-        """
+        """Read a small file, such as a manifest. It is not kept, since it may change."""
         return self._remote.retry(name, lambda: self._remote.read(name))
 
     def prefetch(self, wanted: Sequence[RemoteFile]) -> None:
@@ -276,11 +273,7 @@ class _Remote:
         )
 
     def retry(self, name: str, attempt: Callable[[], T]) -> T:
-        """Call ``attempt`` until it succeeds, and return its result.
-
-        Raises:
-            UserError: all tries failed, or one failed for good.
-        """
+        """Return the result of ``attempt`` once it succeeds; give up after ``tries`` failures."""
         number = 1
         while True:
             try:
@@ -385,9 +378,8 @@ def _verify(path: Path, file: RemoteFile) -> None:
     size = path.stat().st_size
     if size != file.size:
         raise OSError(f"{size} bytes arrived, not {file.size}")
-    with path.open("rb") as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-            raise OSError("what arrived fails its checksum")
+    if sha256(path) != file.sha256:
+        raise OSError("what arrived fails its checksum")
 
 
 def _open_kept(path: Path, size: int) -> BinaryIO | None:
@@ -407,8 +399,7 @@ def _open_kept(path: Path, size: int) -> BinaryIO | None:
 def _evict(kept: list[_KeptFile], excess: int, before_ns: float = math.inf) -> bool:
     """Remove the least recently used files until ``excess`` bytes are gone.
 
-    Returns:
-        Whether that was possible without files last used at ``before_ns`` or later.
+    Return whether that was possible without files last used at ``before_ns`` or later.
     """
     for file in sorted(kept):
         if excess <= 0 or file.used_ns >= before_ns:

@@ -70,10 +70,7 @@ class Checkpointer:
         return self._written is not None and self._written.done()
 
     def publish(self) -> bool:
-        """Wait for all ranks' parts, publish the checkpoint, and remove the oldest.
-
-        Returns:
-            Whether there was a checkpoint to publish.
+        """Wait for all ranks' parts, publish the checkpoint if there is one; remove the oldest.
 
         Raises:
             UserError: the checkpoint could not be written. Earlier ones are as they were.

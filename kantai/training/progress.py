@@ -13,24 +13,13 @@ class Progress:
     """A bar with loss, tokens a second and time left; without a terminal, a line now and then."""
 
     def __init__(self, first_step: int, max_steps: int, *, show: bool) -> None:
-        """Start.
-
-        Args:
-            first_step: steps that are done already.
-            show: False prints nothing.
-        """
+        """Start with ``first_step`` steps done; print nothing unless ``show`` is true."""
         self._show = show
         self._max_steps = max_steps
         self._bar: Any = None
         self._next_line = 0.0
         if show and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=max_steps,
-                initial=first_step,
-                unit="step",
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
+            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def show_step(
         self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float

@@ -149,10 +149,8 @@ class RunDir:
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load a config; what it leaves out is as the run recorded it, if the run has begun.
 
-    So a default may change in a later release, and a run goes on as it began.
-
-    Raises:
-        UserError: see :func:`load_config`; or the run directory is of another release.
+    So a default may change in a later release, and a run goes on as it began. A run directory of
+    another release is refused.
     """
     run_dir = read_settings(path, overrides).get("run_dir")
     if not isinstance(run_dir, str):
@@ -230,11 +228,7 @@ def save_version(run_dir: Path) -> None:
 
 
 def check_version(run_dir: Path) -> None:
-    """Refuse a run directory that this release would misread, or continue with other data.
-
-    Raises:
-        UserError: it says what to do.
-    """
+    """Refuse a run directory that this release would misread, or continue with other data."""
     path = run_dir / VERSION_FILE
     if not path.exists():
         if any((run_dir / "checkpoints").glob("update-*")) or _has_old_settings(run_dir):

@@ -32,11 +32,7 @@ class RunLogger:
         max_steps: int,
         is_main: bool,
     ) -> None:
-        """Show where the run is.
-
-        Args:
-            done: steps that are done already.
-        """
+        """Show where the run is: ``done`` steps are done already."""
         self.throughput = throughput
         self._run_dir = run_dir
         self._store = store
@@ -44,11 +40,7 @@ class RunLogger:
         self._metrics: Metrics | None = None
 
     def open(self, done: int) -> None:
-        """Open the metrics behind step ``done``; for rank 0.
-
-        Raises:
-            UserError: a later start of the run writes them now.
-        """
+        """Open the metrics behind step ``done``; for rank 0."""
         if self._metrics is not None:
             self._metrics.finish()
         self._metrics = Metrics(self._run_dir, self._store, done + 1, allocated_since())
@@ -72,11 +64,7 @@ class RunLogger:
         step_seconds: float,
         data_wait_seconds: float,
     ) -> None:
-        """Log a step, counted from 1.
-
-        Args:
-            step_seconds: the wait for data included.
-        """
+        """Log a step, counted from 1; ``step_seconds`` includes the wait for data."""
         throughput = self.throughput
         throughput.observe(step_seconds, result.tokens, result.flops)
         if self._metrics is not None and not self._store.is_superseded():

@@ -33,23 +33,13 @@ class SkippedData:
         path = run_dir / SKIPPED_DATA_FILE
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            windows = [cls._window(json.loads(line)) for line in lines]
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ):
+            records = [json.loads(line) for line in lines]
+            windows = [(int(r["from_step"]), int(r["first"]), int(r["stop"])) for r in records]
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(
                 f"{path} is damaged: it says which data the run skips; bring it back from a copy"
             ) from None
         return cls(path, windows)
-
-    @staticmethod
-    def _window(record: dict[str, int]) -> tuple[int, int, int]:
-        return int(record["from_step"]), int(record["first"]), int(record["stop"])
 
     def data_step(self, step: int) -> int:
         """The step whose data, by the config, a step is shown."""

@@ -13,17 +13,11 @@ from kantai.errors import UserError
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step.
+    """What all ranks do after a step."""
 
-    Attributes:
-        stop: the run.
-        save: a checkpoint.
-        all_written: every rank's part of a checkpoint waits to be published.
-    """
-
-    stop: bool
-    save: bool
-    all_written: bool
+    stop: bool  # the run
+    save: bool  # a checkpoint
+    all_written: bool  # every rank's part of a checkpoint waits to be published
 
 
 class StopCoordinator:
@@ -46,7 +40,6 @@ class StopCoordinator:
         Args:
             seconds_needed: to do another step, and to save.
             save_is_due: rank 0's counts.
-            is_written: whether this rank's part of a checkpoint waits to be published.
 
         Raises:
             UserError: a later start of the run has superseded this one.
@@ -68,11 +61,7 @@ class StopCoordinator:
         return Decision(bool(stops), bool(saves), written == self._engine.rank_info.world_size)
 
     def acknowledge(self, *, stop: bool) -> None:
-        """Remove the files that asked for what is now being done.
-
-        Args:
-            stop: whether the run stops, too.
-        """
+        """Remove the files that asked for what is now being done."""
         if self._engine.rank_info.is_main:
             self._signals.acknowledge(stop=stop)
 

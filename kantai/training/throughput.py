@@ -18,11 +18,7 @@ class Throughput:
     """Rates over the last 50 steps. Pauses, as for evaluating or saving, do not count."""
 
     def __init__(self, machine_flops_per_second: float) -> None:
-        """Start without steps.
-
-        Args:
-            machine_flops_per_second: measured rate of matrix products, over all ranks.
-        """
+        """Compare with a measured rate of matrix products, over all ranks."""
         self._machine = machine_flops_per_second
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW_STEPS)
 
@@ -68,7 +64,6 @@ class Goodput:
         """Add this start to the file.
 
         Args:
-            path: ``starts.jsonl``.
             allocated_since: when this start got its nodes, in Unix time.
             records: all metrics so far.
             kept: those of steps that are not done again.

@@ -32,8 +32,7 @@ _SECONDS_FOR_THE_LAUNCHER = 60.0
 def train(run_dir: RunDir, rank_info: RankInfo) -> bool:
     """Train from the newest valid checkpoint, or from scratch, to the end or until asked to stop.
 
-    Returns:
-        Whether all steps are done.
+    Returns whether all steps are done.
     """
     try:
         return Trainer(run_dir, rank_info).train()
@@ -201,11 +200,7 @@ class Trainer:
         return decision
 
     def roll_back(self, done: int) -> int:
-        """Go back to the newest valid checkpoint, and skip the data that came after it.
-
-        Returns:
-            The step of the checkpoint.
-        """
+        """Go back to the newest valid checkpoint and skip the data after it. Returns its step."""
         self.publish()
         back = self.engine.on_main(lambda: self._skip_data(done))
         self.engine.load_state(self.store.path(back))

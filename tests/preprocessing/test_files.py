@@ -23,7 +23,7 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import documents, pieces
 from kantai.preprocessing.files import MIB, File, cut, find_files, hub_dataset, open_file
 from tests.helpers.commands import run_python
-from tests.helpers.files import written
+from tests.helpers.files import write_file
 
 
 def texts(*inputs: str) -> list[str]:
@@ -32,7 +32,7 @@ def texts(*inputs: str) -> list[str]:
 
 def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "a/.DS_Store"):
-        written(tmp_path / "corpus" / name, "x")
+        write_file(tmp_path / "corpus" / name, "x")
     found = find_files([str(tmp_path / "corpus")])
     assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == [
         "a/b/c.jsonl",
@@ -46,7 +46,7 @@ def test_a_glob_searches_the_directories_that_it_matches(
 ) -> None:
     names = ["a.txt", "b/c.txt", "b/d/e.txt", "b-/x.txt", "f/g.txt"]
     for name in (*names, "b/.hidden/x.txt", ".git/config"):
-        written(tmp_path / name, "x")
+        write_file(tmp_path / name, "x")
         memory.pipe(f"/corpus/{name}", b"x")
     for place, found_of in (
         (tmp_path, "*"),
@@ -66,8 +66,8 @@ def test_a_glob_searches_the_directories_that_it_matches(
 
 
 def test_linked_directories_are_searched_once_and_circles_end(tmp_path: Path) -> None:
-    written(tmp_path / "elsewhere" / "deep" / "a.txt", "x")
-    written(tmp_path / "corpus" / "b.txt", "x")
+    write_file(tmp_path / "elsewhere" / "deep" / "a.txt", "x")
+    write_file(tmp_path / "corpus" / "b.txt", "x")
     (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "twice").symlink_to(tmp_path / "elsewhere" / "deep")
     (tmp_path / "elsewhere" / "deep" / "circle").symlink_to(tmp_path / "elsewhere")
@@ -85,7 +85,7 @@ def test_linked_directories_are_searched_once_and_circles_end(tmp_path: Path) ->
 )
 @pytest.mark.parametrize("target", ["/mnt/gone/part-1.txt", "part-1.txt"])
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, given: str, target: str) -> None:
-    written(tmp_path / "corpus" / "sub" / "part-0.txt", "x")
+    write_file(tmp_path / "corpus" / "sub" / "part-0.txt", "x")
     (tmp_path / "corpus" / "sub" / "part-1.txt").symlink_to(target)
     with pytest.raises(
         UserError,
@@ -95,13 +95,13 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, given: str, target: 
 
 
 def test_hidden_parents_do_not_hide_a_directory(tmp_path: Path) -> None:
-    path = written(tmp_path / ".cache" / "corpus" / "a.txt", "x")
+    path = write_file(tmp_path / ".cache" / "corpus" / "a.txt", "x")
     assert [file.path for file in find_files([str(path.parent)])] == [str(path)]
 
 
 def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md", "deep/er/d.txt"):
-        written(tmp_path / name, "x")
+        write_file(tmp_path / name, "x")
     inputs = [
         str(tmp_path / "c.md"),
         str(tmp_path / "**" / "*.txt"),
@@ -118,7 +118,7 @@ def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
 
 
 def test_a_name_with_glob_characters_is_a_name_first(tmp_path: Path) -> None:
-    path = written(tmp_path / "a[1].txt", "x")
+    path = write_file(tmp_path / "a[1].txt", "x")
     assert [file.path for file in find_files([str(path)])] == [str(path)]
 
 
@@ -131,18 +131,18 @@ def test_input_that_matches_nothing_is_named(tmp_path: Path, missing: str) -> No
 
 
 def test_empty_files_are_kept_unless_all_are_empty(tmp_path: Path) -> None:
-    written(tmp_path / "void.txt", "")
+    write_file(tmp_path / "void.txt", "")
     with pytest.raises(UserError, match=r"void\.txt is empty"):
         find_files([str(tmp_path)])
-    written(tmp_path / "zero.txt", "")
+    write_file(tmp_path / "zero.txt", "")
     with pytest.raises(UserError, match=r"every one of 2 files is empty, .*void\.txt the first"):
         find_files([str(tmp_path)])
-    written(tmp_path / "full.txt", "x")
+    write_file(tmp_path / "full.txt", "x")
     assert [file.size for file in find_files([str(tmp_path)])] == [1, 0, 0]
 
 
 def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", '{"text": "x"}\n')
+    path = write_file(tmp_path / "a.jsonl", '{"text": "x"}\n')
     inputs = [[str(path)], [f"hub:{tmp_path}"]]
     before = [find_files(names)[0].version for names in inputs]
     assert [find_files(names)[0].version for names in inputs] == before
@@ -153,7 +153,7 @@ def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
 
 
 def test_local_files_do_not_wait_for_the_library_of_the_remote_ones(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.txt", "x")
+    path = write_file(tmp_path / "a.txt", "x")
     code = f"import sys, kantai.preprocessing.files as f; file, = f.find_files([{str(path)!r}]); print({{'fsspec', 'datasets', 'pyarrow'}} & sys.modules.keys())"
     assert run_python(code).stdout == "set()\n"
 
@@ -245,8 +245,8 @@ def web(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_http(tmp_path: Path, web: str) -> None:
     lines = [f"line {number} of a file too long for one block" for number in range(200_000)]
-    written(tmp_path / "web" / "a.txt", "\n".join(lines))
-    written(tmp_path / "web" / "b.jsonl.gz", gzip.compress(b'{"text": "compressed"}\n'))
+    write_file(tmp_path / "web" / "a.txt", "\n".join(lines))
+    write_file(tmp_path / "web" / "b.jsonl.gz", gzip.compress(b'{"text": "compressed"}\n'))
     inputs = [f"{web}/a.txt", f"{web}/b.jsonl.gz?download=true"]
     assert [
         text
@@ -280,8 +280,8 @@ def test_data_sets_of_the_hub_are_streamed_shard_by_shard(tmp_path: Path) -> Non
         rows = "".join(
             json.dumps({"text": f"{number} {row}", "id": row}) + "\n" for row in range(4)
         )
-        written(tmp_path / "lines" / f"train-{number}.jsonl", rows)
-    written(tmp_path / "lines" / "test-0.jsonl", '{"text": "test"}\n{"text": null}\n')
+        write_file(tmp_path / "lines" / f"train-{number}.jsonl", rows)
+    write_file(tmp_path / "lines" / "test-0.jsonl", '{"text": "test"}\n{"text": null}\n')
     (file,) = find_files([f"hub:{tmp_path / 'lines'}"])
     assert file.size == len(pieces([file])) == 3
     assert (
@@ -346,6 +346,6 @@ def test_many_small_files_come_together() -> None:
 
 def test_opening_in_the_middle(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe("/a.txt", b"0123456789")
-    for name in (str(written(tmp_path / "a.txt", "0123456789")), "memory://a.txt"):
+    for name in (str(write_file(tmp_path / "a.txt", "0123456789")), "memory://a.txt"):
         with open_file(find_files([name])[0], 4) as content:
             assert content.read() == b"456789"

@@ -18,7 +18,7 @@ from kantai.preprocessing.files import find_files
 from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
-from tests.helpers.files import content, texts_of
+from tests.helpers.files import file_contents, split_documents
 
 MakeJob = Callable[..., Job]
 EOS = 2
@@ -98,7 +98,7 @@ def test_a_merge_that_broke_off_is_done_again(
                 merge(broken)
             assert not broken.output.exists()
     merge(broken)
-    assert content(broken.output) == content(whole.output)
+    assert file_contents(broken.output) == file_contents(whole.output)
 
 
 @pytest.mark.parametrize("bucket", [1 << 22, 50])
@@ -118,7 +118,7 @@ def test_of_equal_documents_the_first_stays(
         tokenize(job, processes=1)
         manifests.append(merge(job))
     for split in SPLITS:
-        repeated, unique = (texts_of(job.output, split) for job in (every, once))
+        repeated, unique = (split_documents(job.output, split) for job in (every, once))
         assert unique == list(dict.fromkeys(repeated)) and len(unique) < len(repeated) / 3
         assert manifests[1]["splits"][split]["documents"] == len(unique)
         assert manifests[1]["splits"][split]["tokens"] == sum(map(len, unique))
@@ -160,4 +160,4 @@ def test_a_merge_forgets_what_another_one_left(
     for job in (every, whole):
         tokenize(job, processes=1)
         merge(job)
-    assert content(every.output) == content(whole.output)
+    assert file_contents(every.output) == file_contents(whole.output)

@@ -16,7 +16,7 @@ from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
-from tests.helpers.files import content, texts_of
+from tests.helpers.files import file_contents, split_documents
 
 MakeJob = Callable[..., Job]
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
@@ -31,7 +31,7 @@ def test_a_text_lands_in_the_same_split_whatever_else_there_is(
         job = Job(cut, "line", "text", tokenizer_dir, tmp_path / name, {}, share)
         tokenize(job, processes=1)
         merge(job)
-        return set(texts_of(job.output, "held_out"))
+        return set(split_documents(job.output, "held_out"))
 
     every = held_out("all", TEXTS)
     assert held_out("backwards", TEXTS[::-1]) == every
@@ -91,7 +91,11 @@ def test_any_number_of_processes_and_parts_gives_the_same_bytes(
         tokenize(in_parts, part=part, parts=3, processes=processes)
     merge(in_parts)
 
-    assert content(alone.output) == content(together.output) == content(in_parts.output)
+    assert (
+        file_contents(alone.output)
+        == file_contents(together.output)
+        == file_contents(in_parts.output)
+    )
     assert {path.name for path in alone.output.parent.iterdir()} == {
         "alone",
         "together",

@@ -184,7 +184,7 @@ def child(
 
 
 def ended_well(program: Program) -> None:
-    assert program.ended() == 0, program.report()
+    assert program.wait_for_end() == 0, program.report()
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file", "http", "s3"])

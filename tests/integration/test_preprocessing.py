@@ -17,9 +17,8 @@ def test_killed_tokenization_redoes_only_missing_pieces(
     corpus_file: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     large = tmp_path / "large.txt"
-    large.write_text(
-        corpus_file.read_text(encoding="utf-8") * 60, encoding="utf-8"
-    )  # 5 pieces of 4 MiB
+    # The file has five pieces of 4 MiB.
+    large.write_text(corpus_file.read_text(encoding="utf-8") * 60, encoding="utf-8")
     arguments = [
         "scripts/tokenize_corpus.py",
         "--input",

@@ -1,5 +1,6 @@
-"""Test of the stream of rows and masks: every world, micro-batch, worker count, resume and shard
-location gives the same one.
+"""Test that rows and masks are one stream.
+
+The stream does not depend on world, micro-batch, worker count, resumes or shard location.
 """
 
 import hashlib
@@ -89,8 +90,9 @@ def test_stream_is_same_on_every_world_and_resume(
     many_shards_dir: Path,
     tmp_path: Path,
 ) -> None:
-    """Without loader processes, all cases run. Loader processes only move the making of a batch, so
-    that one case for each count is enough.
+    """All cases run without loader processes.
+
+    Loader processes only move the making of a batch, so that one case for each count is enough.
     """
     remote = fsspec.filesystem("memory")
     remote.put(str(many_shards_dir), f"/shards-{workers}", recursive=True)

@@ -82,15 +82,15 @@ def data_arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def how(data_arguments: list[str]) -> list[str]:
+def run_arguments(data_arguments: list[str]) -> list[str]:
     return ["--config=configs/quickstart.yaml", *TINY, *data_arguments]
 
 
 @pytest.fixture(scope="module")
-def arguments_by_packing(how: list[str], many_shards_dir: Path) -> dict[str, list[str]]:
+def arguments_by_packing(run_arguments: list[str], many_shards_dir: Path) -> dict[str, list[str]]:
     """Return arguments for many shards and a shuffle window of four, by packing."""
     settings = [
-        *how,
+        *run_arguments,
         *NO_DROPOUT,
         "--masking.unit=word",
         "--data.shuffle_window=4",
@@ -101,14 +101,14 @@ def arguments_by_packing(how: list[str], many_shards_dir: Path) -> dict[str, lis
 
 @pytest.fixture(scope="module")
 def one_process_runs(
-    how: list[str],
+    run_arguments: list[str],
     arguments_by_packing: dict[str, list[str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> FinishedRuns:
     """Do runs of one process without a launcher."""
     folder = tmp_path_factory.mktemp("alone")
     reference = folder / "reference"
-    whole = [*how, *NO_DROPOUT, "--batch.micro_batch_size=10", "--checkpoint.keep=9"]
+    whole = [*run_arguments, *NO_DROPOUT, "--batch.micro_batch_size=10", "--checkpoint.keep=9"]
     return do_runs(
         None,
         folder,
@@ -117,7 +117,7 @@ def one_process_runs(
             job(folder / "workers", *whole, "--data.workers=3"),
             job(folder / "finished", *whole, source=reference, until=STEPS),
             job(folder / "damaged", *whole, source=reference, until=STEPS, damaged=STEPS),
-            job(folder / "staged", *how, *STAGED),
+            job(folder / "staged", *run_arguments, *STAGED),
             *(
                 job(folder / packing, *settings)
                 for packing, settings in arguments_by_packing.items()
@@ -128,11 +128,11 @@ def one_process_runs(
 
 @pytest.fixture(scope="module")
 def flipped_run(
-    how: list[str], tmp_path_factory: pytest.TempPathFactory
+    run_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Do a run of three ranks where a bit flips in the weights of the last rank."""
     folder = tmp_path_factory.mktemp("flipped") / "flipped"
-    arguments = [*how, "--failures.compare_replicas_every=100", f"--run_dir={folder}"]
+    arguments = [*run_arguments, "--failures.compare_replicas_every=100", f"--run_dir={folder}"]
     return folder, run_program(
         launch_command("cpu", 3, "tests/helpers/faults.py", "flipped_bit", "pretrain", *arguments)
     )
@@ -140,7 +140,7 @@ def flipped_run(
 
 @pytest.fixture(scope="module")
 def two_rank_runs(
-    how: list[str],
+    run_arguments: list[str],
     arguments_by_packing: dict[str, list[str]],
     flipped_run: tuple[Path, object],
     many_shards_dir: Path,
@@ -149,7 +149,7 @@ def two_rank_runs(
     """Do runs of two ranks."""
     folder = tmp_path_factory.mktemp("together")
     asked = {packing: list[str]() for packing in PACKINGS}
-    bad = [*how, "--training.max_steps=12", "--checkpoint.keep=9"]
+    bad = [*run_arguments, "--training.max_steps=12", "--checkpoint.keep=9"]
     shutil.copytree(flipped_run[0], folder / "flipped")
     with contextlib.ExitStack() as servers:
         urls = {
@@ -166,15 +166,15 @@ def two_rank_runs(
             for packing, settings in arguments_by_packing.items()
         }
         jobs = [
-            job(folder / "straight", *how),
-            job(folder / "flipped", *how, "--failures.compare_replicas_every=100"),
+            job(folder / "straight", *run_arguments),
+            job(folder / "flipped", *run_arguments, "--failures.compare_replicas_every=100"),
             job(folder / "bad", *bad, nan_calls=[5, 6, 7, 9, 10, 11]),
             job(folder / "replayed", *bad, source=folder / "bad", until=2),
-            job(folder / "one_rank", *how, fault="bad_gradient"),
-            job(folder / "stopped", *how, fault="bad_gradient_and_stop", code=75),
+            job(folder / "one_rank", *run_arguments, fault="bad_gradient"),
+            job(folder / "stopped", *run_arguments, fault="bad_gradient_and_stop", code=75),
             job(
                 folder / "exploded",
-                *how,
+                *run_arguments,
                 "--training.max_steps=106",
                 "--checkpoint.every_steps=50",
                 fault="exploding_loss",
@@ -220,7 +220,7 @@ def test_compiled_run_matches_and_has_static_shapes(
 
 
 def test_killed_run_resumes_to_the_same_bits(
-    two_rank_runs: FinishedRuns, how: list[str], data_arguments: list[str], tmp_path: Path
+    two_rank_runs: FinishedRuns, run_arguments: list[str], data_arguments: list[str], tmp_path: Path
 ) -> None:
     """SIGKILL ends a launcher and its two ranks at three moments, one of them within a save.
 
@@ -231,7 +231,13 @@ def test_killed_run_resumes_to_the_same_bits(
     checkpoints = killed / "checkpoints"
     plain = pretrain_command("cpu", *data_arguments, f"--run_dir={killed}")
     in_a_save = launch_command(
-        "cpu", 2, "tests/helpers/faults.py", "endless_save", "pretrain", *how, f"--run_dir={killed}"
+        "cpu",
+        2,
+        "tests/helpers/faults.py",
+        "endless_save",
+        "pretrain",
+        *run_arguments,
+        f"--run_dir={killed}",
     )
     moments = [
         (plain, (killed / "metrics.jsonl").exists),  # before the first checkpoint
@@ -383,10 +389,12 @@ def test_dead_rank_ends_all_ranks(data_arguments: list[str], tmp_path: Path) -> 
     assert not any(rank.is_running() for rank in ranks)
 
 
-def test_hanging_rank_ends_run_with_stacks_of_all_ranks(how: list[str], tmp_path: Path) -> None:
+def test_hanging_rank_ends_run_with_stacks_of_all_ranks(
+    run_arguments: list[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     # 30 seconds cover the time that one rank waits for the other at the start on a busy machine.
-    arguments = [*how, "--failures.hang_seconds=30", f"--run_dir={folder}"]
+    arguments = [*run_arguments, "--failures.hang_seconds=30", f"--run_dir={folder}"]
     assert (
         run_program(
             launch_command(
@@ -448,7 +456,7 @@ def test_exploding_loss_is_skipped(two_rank_runs: FinishedRuns) -> None:
 
 
 def test_run_stops_after_bad_steps_not_within_them(two_rank_runs: FinishedRuns) -> None:
-    """A resume within bad steps would not know how many the run has skipped in a row."""
+    """A resume within bad steps would not know run_arguments many the run has skipped in a row."""
     assert f"saved step 5 of {STEPS}" in two_rank_runs.printed["stopped"]
     assert metrics(two_rank_runs["stopped"], "train/skipped") == [0, 0, 0, 1, 0]
     assert CheckpointStore(two_rank_runs["stopped"]).steps() == [2, 5]

@@ -105,8 +105,9 @@ def verdicts(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_promises_hold_on_every_backend(
     launcher: str | None, verdicts: Verdicts, arguments: list[str]
 ) -> None:
-    """verify.py also needs little memory: its micro-batches are no larger than the run's, and it
-    holds at most two engines.
+    """verify.py needs little memory.
+
+    Its micro-batches are no larger than the run's, and it holds at most two engines.
     """
     certificate, printed = verdicts(launcher)[HOLDS]
     assert "All promises hold here" in printed

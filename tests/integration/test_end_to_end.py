@@ -61,7 +61,7 @@ def test_metrics_and_tensorboard_are_complete(run: Path) -> None:
     assert b"&lt;mask>" in events.Tensors("fill_mask/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_retention_keeps_last_three_checkpoints(run: Path) -> None:
+def test_run_saves_at_interval_and_at_end(run: Path) -> None:
     assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == [
         "step-00000002",
         "step-00000004",

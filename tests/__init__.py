@@ -1,3 +1,4 @@
-"""Tests, a folder for each of the package's; ``integration/`` starts launchers, clusters and kills,
-``helpers/`` is what several share.
+"""Tests, in a folder for each folder of the package.
+
+``integration/`` has tests with launchers, clusters and kills; ``helpers/`` has shared code.
 """

@@ -1,7 +1,6 @@
-"""What several test files need: a small text, a tokenizer and shards, made once a session by the
-real functions.
+"""Shared fixtures: a small corpus, a tokenizer and shards, made once a session.
 
-The folders are shared: a test that wants to damage one copies it first.
+Tests share the folders: a test that damages a folder copies it first.
 """
 
 import os
@@ -23,11 +22,10 @@ from kantai.preprocessing.tokenizer_training import train_tokenizer
 from kantai.storage.atomic import staged
 from tests.helpers import commands
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none shall pass or fail by it
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The same examples every time, so that a failure is a change's and not chance's, and no deadline:
-# how long one takes says how busy the machine is. pytest --hypothesis-profile=exploring looks at
-# others.
+# Fixed examples: only a change can make a test fail. No deadline: durations depend on the load of
+# the machine. pytest --hypothesis-profile=exploring tries other examples.
 settings.register_profile(
     "same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -50,16 +48,14 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where programs write what they say."""
-    commands.outputs = tmp_path_factory.mktemp("outputs")
+def outputs_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Set the folder for the output of programs."""
+    commands.outputs_dir = tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 2,000 paragraphs of English: the beginning of the language reference that every Python
-    carries.
-    """
+    """Write 2,000 paragraphs of English, the beginning of Python's bundled language reference."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     path.write_text(text[:CORPUS_CHARACTERS] + "\n", encoding="utf-8")
@@ -68,7 +64,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
-    """A tokenizer of 1,000 entries, sealed as ``scripts/train_tokenizer.py`` seals it."""
+    """Train a tokenizer of 1,000 entries and save it as ``scripts/train_tokenizer.py`` does."""
     target = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     with staged(target, kind="tokenizer") as folder:
         texts = (
@@ -84,7 +80,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -
 def shards_dir(
     tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
 ) -> Path:
-    """The text's paragraphs as shards, a twentieth of them held out."""
+    """Make shards of the corpus's paragraphs, a twentieth of them held out."""
     return make_shards(tmp_path_factory.mktemp("shards") / "shards", corpus_file, tokenizer_dir)
 
 
@@ -92,7 +88,7 @@ def shards_dir(
 def many_shards_dir(
     tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
 ) -> Path:
-    """The same in some twenty shards."""
+    """Make about twenty shards of the same paragraphs."""
     return make_shards(
         tmp_path_factory.mktemp("many") / "shards",
         corpus_file,
@@ -104,7 +100,7 @@ def many_shards_dir(
 def make_shards(
     target: Path, corpus_file: Path, tokenizer_dir: Path, piece_bytes: int | None = None
 ) -> Path:
-    """Shards of a text's paragraphs, made by the real functions in this process."""
+    """Make shards of a text's paragraphs with kantai's own functions, in this process."""
     cut = pieces(find_files([str(corpus_file)]), "paragraph", piece_bytes)
     job = Job(
         cut,
@@ -121,29 +117,29 @@ def make_shards(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have the longest files run first: else one core would wait for them at the end."""
+    """Run the longest files first: otherwise one core does them alone at the end."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 def pytest_runtest_setup() -> None:
-    """What an earlier test that failed has left running would only be in the way."""
-    for program in commands.started:
+    """Kill the programs that an earlier failed test has left running."""
+    for program in commands.started_programs:
         if program.poll() is None:
             program.kill_all()
-    commands.started.clear()
+    commands.started_programs.clear()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A test that fails shows the ends of what its programs have said, and of their logs."""
+    """Report the ends of the outputs and logs of a failed test's programs."""
     report = yield
     if report.failed:
         report.sections += [
             (f"program {number}", program.report())
-            for number, program in enumerate(commands.started, 1)
+            for number, program in enumerate(commands.started_programs, 1)
         ]
         fixtures = getattr(item, "funcargs", {}).values()
         folders = [value for value in fixtures if isinstance(value, Path)] + [
@@ -168,7 +164,8 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 def _without_skipping(report: Report) -> Report:
-    """Where CI is set, a skipped test is a failure: what is not run is not known to work."""
+    """Turn a skipped test into a failure where CI is set: a test must run to prove anything."""
     if report.skipped and os.environ.get("CI"):
-        report.result, report.longrepr = "failed", f"skipped: {report.longrepr}"
+        report.result = "failed"
+        report.longrepr = f"skipped: {report.longrepr}"
     return report

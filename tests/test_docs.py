@@ -1,4 +1,4 @@
-"""README and docs/ can be followed: links lead somewhere, names exist, commands are understood."""
+"""Tests of README and docs/: links resolve, named files and settings exist, commands parse."""
 
 import argparse
 import contextlib
@@ -21,15 +21,15 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-# Of these, only the program's name is known to be right.
+# The tests know only the names of these programs, and do not check their arguments.
 OTHER_PROGRAMS = ("export", ".", "pip", ".venv/bin/tensorboard")
 STARTS = ("bash ", "sbatch ", "srun ", "python ", ".venv/bin/python ", "accelerate launch ")
 FOLDERS = ("kantai", "scripts", "slurm", "benchmarks", "tests")
-NOT_OURS = {"run_mlm.py"}
+FOREIGN_FILES = {"run_mlm.py"}
 
 
 class Parsed(Exception):
-    """A program has parsed its arguments and is stopped."""
+    """Raised when a program has parsed its arguments; it stops the program."""
 
     def __init__(self, arguments: argparse.Namespace, rest: list[str]) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class Parsed(Exception):
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its code blocks."""
     return BLOCK.sub("", page.read_text(encoding="utf-8"))
 
 
 def code_spans(page: Path) -> list[str]:
-    """The pieces of code within a page's prose."""
+    """Return the inline code of a page."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes from a page's headings."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         kept = [c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN"]
@@ -57,7 +57,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """The relative links of a page that lead nowhere."""
+    """Return the relative links of a page that do not resolve."""
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]+`", "", prose(page))):
         if re.match(r"[a-z]+:", target):
@@ -70,7 +70,7 @@ def broken_links(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page: shell blocks line by line, and those in its prose."""
+    """Return the commands of a page, from the lines of shell blocks and from inline code."""
     blocks = [
         text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == "bash"
     ]
@@ -83,7 +83,7 @@ def commands(page: Path) -> list[str]:
 
 
 def parse(program: str, arguments: list[str]) -> Parsed:
-    """What a program's own parser makes of arguments."""
+    """Parse arguments with a program's own parser."""
     path = ROOT / program
     assert path.is_file(), f"there is no {program}"
     known_args = argparse.ArgumentParser.parse_known_args
@@ -100,7 +100,8 @@ def parse(program: str, arguments: list[str]) -> Parsed:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(messages):
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_where_unknown)
-        patch.setattr(kantai.data.tokenizer, "load_tokenizer", lambda _: None)  # none is there
+        # The tokenizers that pages name do not exist.
+        patch.setattr(kantai.data.tokenizer, "load_tokenizer", lambda _: None)
         patch.syspath_prepend(path.parent)
         try:
             runpy.run_path(str(path), run_name="__main__")
@@ -112,7 +113,7 @@ def parse(program: str, arguments: list[str]) -> Parsed:
 
 
 def check_config(name: str, overrides: list[str]) -> None:
-    """Load a config of configs/; a reader's own, such as my.yaml, is taken to be like one."""
+    """Load a config of configs/; a reader's config, such as my.yaml, stands for roberta-base."""
     is_ours = name.startswith("configs/")
     load_config(ROOT / (name if is_ours else "configs/roberta-base.yaml"), overrides)
 
@@ -136,7 +137,7 @@ def check_launch(arguments: list[str]) -> None:
 
 def check_batch_job(arguments: list[str]) -> None:
     scripts = [word for word in arguments if word.endswith(".sbatch")]
-    if not scripts:  # the prose speaks of an option of sbatch
+    if not scripts:  # inline code that names an option of sbatch
         return
     assert (ROOT / scripts[0]).is_file(), f"there is no {scripts[0]}"
     arguments = arguments[arguments.index(scripts[0]) + 1 :]
@@ -161,7 +162,7 @@ def check(command: str) -> None:
     """Fail where a command names a file, an option or a setting that does not exist.
 
     Raises:
-        UserError: a setting is not as the schema wants it.
+        UserError: a setting does not fit the schema.
     """
     line = re.sub(r" > \S+$", "", command.split(" && ", maxsplit=1)[0])
     words = shlex.split(line, comments=True)
@@ -185,11 +186,11 @@ def check(command: str) -> None:
             check_program(program, arguments)
         assert (ROOT / program).is_file(), f"there is no {program}"
     else:
-        assert name in OTHER_PROGRAMS, f"nobody checks {name}"
+        assert name in OTHER_PROGRAMS, f"no test checks {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     assert not broken_links(page)
 
 
@@ -201,7 +202,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         for line in commands(page)
     ],
 )
-def test_commands_are_understood(page: str, command: str) -> None:
+def test_documented_commands_parse(page: str, command: str) -> None:
     try:
         check(command)
     except UserError as error:
@@ -212,7 +213,7 @@ def test_commands_are_understood(page: str, command: str) -> None:
 def test_named_files_exist(page: Path) -> None:
     names = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
     for code in code_spans(page):
-        if not re.fullmatch(r"[\w/-]+\.(py|sh|sbatch|env)", code) or code in NOT_OURS:
+        if not re.fullmatch(r"[\w/-]+\.(py|sh|sbatch|env)", code) or code in FOREIGN_FILES:
             continue
         exists = (ROOT / code).exists() or (ROOT / "kantai" / code).exists()
         assert exists or ("/" not in code and code in names), code
@@ -230,7 +231,7 @@ def test_named_settings_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_pages_say_what_they_answer(page: Path) -> None:
+def test_pages_begin_with_summary(page: Path) -> None:
     assert re.match(r"# .+\n\n\*This page [^*]+\*", page.read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""A program that fails says so in one line; a bug in it is shown in full."""
+"""Tests that errors take one line and bugs print a traceback."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 from tests.helpers.commands import run_python
 
 
-def test_full_disk_is_said_in_one_line_by_a_library_written_in_rust(tmp_path: Path) -> None:
-    """Such libraries raise exceptions of their own, not OSError."""
+def test_rust_library_reports_full_disk_in_one_line(tmp_path: Path) -> None:
+    """Rust libraries raise their own exceptions instead of OSError."""
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
     code = f"""
 import pathlib
@@ -28,7 +28,7 @@ run_command(lambda: save_tokenizer(train_tokenizer(["a"], 261, 2), pathlib.Path(
     ("raised", "message"),
     [
         ("UserError('two\\nlines')", "error: two lines\n"),
-        # What safetensors raises on a full disk.
+        # safetensors raises this on a full disk.
         (
             "__import__('safetensors').SafetensorError('Error while serializing: I/O error: No "
             "space left on device (os error 28)')",
@@ -52,7 +52,7 @@ def test_commands_fail_in_one_line(raised: str, message: str) -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", message)
 
 
-def test_a_bug_is_not_dressed_up_as_bad_input() -> None:
+def test_bug_prints_a_traceback() -> None:
     ran = run_python(
         "from kantai.errors import run_command\ndef main():\n    raise RuntimeError('a "
         "bug')\nrun_command(main)"

@@ -1,4 +1,4 @@
-"""The one-way rule of the package: folders import downwards, and heavy libraries stay in theirs."""
+"""Tests of the package's layout: folders import downwards, heavy libraries stay in few folders."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ import kantai
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kantai"
 
-# The order that the package's own docstring prints, bottom first.
+# The package's docstring lists the folders, bottom first.
 ORDER = [
     name.removesuffix(".py")
     for name in re.findall(r"^    (\w+(?:\.py|/)) ", kantai.__doc__ or "", re.M)
@@ -23,8 +23,9 @@ TORCH_FREE = ("errors", "config", "storage", "cluster", "preprocessing")
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, wherever in it; ``from a import b`` counts as
-    ``a`` and ``a.b``.
+    """Return the dotted names of all imports in a file.
+
+    ``from a import b`` counts as ``a`` and ``a.b``.
     """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -37,7 +38,7 @@ def imported(path: Path) -> set[str]:
 
 
 def files(folder: str) -> list[Path]:
-    """The files of a folder of the package, or its one file."""
+    """Return the files of a folder of the package, or its single file."""
     return (
         [PACKAGE / f"{folder}.py"]
         if (PACKAGE / f"{folder}.py").exists()
@@ -46,14 +47,14 @@ def files(folder: str) -> list[Path]:
 
 
 def folders(path: Path) -> set[str]:
-    """Folders of the package that a file imports from."""
+    """Return the folders of the package that a file imports from."""
     return {name.split(".")[1] for name in imported(path) if name.startswith("kantai.")} & set(
         ORDER
     )
 
 
 def modules(path: Path) -> set[Path]:
-    """Files of the package that a file imports."""
+    """Return the files of the package that a file imports."""
     found = (
         PACKAGE.parent / f"{name.replace('.', '/')}.py"
         for name in imported(path)
@@ -62,7 +63,7 @@ def modules(path: Path) -> set[Path]:
     return {file for file in found if file.exists()}
 
 
-def test_the_docstring_lists_every_folder() -> None:
+def test_docstring_lists_every_folder() -> None:
     there = {
         path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")
     }
@@ -77,7 +78,7 @@ def test_folders_import_downwards_only(folder: str) -> None:
         assert not folders(path) & above, path
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_modules_have_no_import_cycle() -> None:
     graph = {path: modules(path) for path in PACKAGE.rglob("*.py")}
     while leaves := [path for path, needs in graph.items() if not needs & graph.keys()]:
         for path in leaves:
@@ -88,7 +89,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name
 )
-def test_packages_hold_a_docstring_alone(path: Path) -> None:
+def test_package_init_files_hold_only_docstrings(path: Path) -> None:
     docstring, *rest = ast.parse(path.read_text(encoding="utf-8")).body
     assert isinstance(docstring, ast.Expr)
     assert [ast.unparse(node).split(" = ")[0] for node in rest] == (
@@ -99,7 +100,7 @@ def test_packages_hold_a_docstring_alone(path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
+def test_heavy_libraries_stay_in_their_folders(path: Path) -> None:
     found = {name.split(".")[0] for name in imported(path)}
     folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if folder in TORCH_FREE or (folder == "data" and path.name != "loader.py"):
@@ -108,11 +109,12 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
         assert found.isdisjoint({"accelerate", "deepspeed"})
 
 
-def test_looking_at_a_run_needs_no_torch() -> None:
-    """``pretrain.py --check`` and every complaint about bad input come before the seconds that
-    torch takes.
-    """
-    code = "import sys, kantai.training.run_dir; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
+def test_run_dir_imports_no_torch() -> None:
+    """``pretrain.py --check`` and errors about bad input need not wait for the import of torch."""
+    code = (
+        "import sys, kantai.training.run_dir; "
+        "print({'torch', 'transformers', 'accelerate'} & sys.modules.keys() or 'quick')"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

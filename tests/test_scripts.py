@@ -1,4 +1,4 @@
-"""Programs are a few lines that parse and call."""
+"""Test that scripts stay short: they parse arguments and call the package."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ from tests.helpers.commands import ROOT
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name
 )
-def test_scripts_only_parse_and_call(path: Path) -> None:
+def test_scripts_have_at_most_100_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 100

@@ -1,3 +1,1 @@
-"""What tests of several folders use. ``multi_run.py`` and ``faults.py`` are programs that tests
-start.
-"""
+"""Code that tests of several folders share; ``multi_run.py`` and ``faults.py`` are programs."""

@@ -18,20 +18,18 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-# Not what a launcher or a job around the tests says of itself: programs would take it for theirs.
-_OF_A_JOB = re.compile("(SLURM|SBATCH)_.*|(LOCAL_)?RANK|WORLD_SIZE|MASTER_(ADDR|PORT)")
+# Programs would take the variables of a launcher or a job around the tests for their own.
+_JOB_VARIABLE = re.compile("(SLURM|SBATCH)_.*|(LOCAL_)?RANK|WORLD_SIZE|MASTER_(ADDR|PORT)")
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not _OF_A_JOB.fullmatch(name)},
+    **{name: value for name, value in os.environ.items() if not _JOB_VARIABLE.fullmatch(name)},
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONFAULTHANDLER": "1",
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
 }
-BETWEEN = "=== the next run ===\n"  # what two of several runs print
-MAX_SECONDS = (
-    900.0  # a guard against what hangs: nothing takes so long, however busy the machine is
-)
+RUN_SEPARATOR = "=== the next run ===\n"  # stands between the outputs of two runs
+MAX_SECONDS = 900.0  # ends what hangs: no program takes so long, even on a busy machine
 TINY = [
     "--data.seq_len=32",
     "--model.hidden_size=32",
@@ -45,21 +43,20 @@ TINY = [
 ]
 
 
-started: list[
-    "Program"
-] = []  # by the test that runs; when it fails, tests/conftest.py shows how they ended
-outputs = Path(tempfile.gettempdir())  # a folder of the session's own, see tests/conftest.py
+# Programs of the current test; tests/conftest.py reports them when it fails.
+started_programs: list["Program"] = []
+outputs_dir = Path(tempfile.gettempdir())  # tests/conftest.py sets a folder of the session
 
 
 class Program(subprocess.Popen[bytes]):
-    """A program that was started, and what it has said so far.
+    """A started program and its output so far.
 
-    It says it to files: a pipe that nobody reads would stop it, and one that a lost rank holds open
-    would stop us.
+    Output goes to files. An unread pipe would block the program, and a pipe that a lost rank holds
+    open would block the test.
     """
 
     def __init__(self, command: Sequence[object], *, cwd: Path = ROOT, **environment: str) -> None:
-        self._paths = [outputs / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        self._paths = [outputs_dir / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
         with self._paths[0].open("wb") as printed, self._paths[1].open("wb") as errors:
             super().__init__(
                 [*map(str, command)],
@@ -69,7 +66,7 @@ class Program(subprocess.Popen[bytes]):
                 stdout=printed,
                 stderr=errors,
             )
-        started.append(self)
+        started_programs.append(self)
 
     @property
     def out(self) -> str:
@@ -81,30 +78,32 @@ class Program(subprocess.Popen[bytes]):
         """Standard error."""
         return self._paths[1].read_text(errors="replace")
 
-    def ended(self) -> int:
-        """Wait for the end and return the exit code. What hangs is told to say where, ended, and a
-        failure.
+    def wait_for_end(self) -> int:
+        """Wait for the end and return the exit code.
+
+        A program that hangs prints its stacks, is killed, and fails the test.
         """
         try:
             return self.wait(MAX_SECONDS)
         except subprocess.TimeoutExpired:
-            self._kill_all(signal.SIGABRT)  # faulthandler prints where each of them is
+            self._kill_all(signal.SIGABRT)  # faulthandler prints the stacks
             time.sleep(5)
             self.kill_all()
         raise AssertionError(f"not ended after {MAX_SECONDS} seconds:\n{self.report()}")
 
     def kill_all(self) -> None:
-        """SIGKILL to a launcher and its ranks, which are in sessions of their own."""
+        """Send SIGKILL to a launcher and its ranks, which have sessions of their own."""
         self._kill_all(signal.SIGKILL)
         self.wait()
 
     def report(self) -> str:
-        """The command, how it ended, and the last of what it said."""
+        """Return the command, its exit code and the end of its output."""
+        command = shlex.join(map(str, self.args))  # type: ignore[arg-type]
         ends = f"--- printed\n{end_of(self.out)}\n--- errors\n{end_of(self.err)}"
-        return f"{shlex.join(map(str, self.args))}\nexit code {self.poll()}\n{ends}"  # type: ignore[arg-type]
+        return f"{command}\nexit code {self.poll()}\n{ends}"
 
     def _kill_all(self, number: signal.Signals) -> None:
-        if self.poll() is not None:  # and its number may be another's by now
+        if self.poll() is not None:  # another process may have its number now
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             for member in [*psutil.Process(self.pid).children(recursive=True), self]:
@@ -113,31 +112,29 @@ class Program(subprocess.Popen[bytes]):
 
 
 def end_of(text: str, characters: int = 4000) -> str:
-    """The last lines of a text."""
+    """Return the last characters of a text."""
     return text if len(text) <= characters else f"[...]{text[-characters:]}"
 
 
 def run_program(
     command: Sequence[object], *, code: int | None = None, cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, which must be the exit code ``code`` if that is given."""
+    """Run a program to its end; fail unless its exit code is ``code``, where that is given."""
     program = Program(command, cwd=cwd, **environment)
-    found = program.ended()
+    found = program.wait_for_end()
     assert code is None or found == code, program.report()
     return subprocess.CompletedProcess(program.args, found, program.out, program.err)
 
 
 def wait_until(
-    happened: Callable[[], object], *programs: Program, poll_seconds: float = 0.01
+    condition: Callable[[], object], *programs: Program, poll_seconds: float = 0.01
 ) -> None:
-    """Return when something has happened; fail when one of the programs that are to bring it about
-    ends without it.
-    """
+    """Wait until the condition holds; fail when one of the programs ends before it does."""
     end = time.monotonic() + MAX_SECONDS
-    while not happened():
+    while not condition():
         ended = [program for program in programs if program.poll() is not None]
-        assert not ended or happened(), f"it did not come to that:\n{ended[0].report()}"
-        assert time.monotonic() < end, f"it did not come to that in {MAX_SECONDS} seconds"
+        assert not ended or condition(), f"a program ended too early:\n{ended[0].report()}"
+        assert time.monotonic() < end, f"the condition did not hold within {MAX_SECONDS} seconds"
         time.sleep(poll_seconds)
 
 
@@ -152,8 +149,12 @@ def run_python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 
 def launch_command(launcher: str | None, processes: int, *program: object) -> list[str]:
-    """Python for a program; ``launcher`` names a file of configs/accelerate, None starts one plain
-    process.
+    """Return the command that starts a program.
+
+    Args:
+        launcher: the name of a file of configs/accelerate; None starts one plain process.
+        processes: the number of ranks.
+        program: the program and its arguments.
     """
     command = [sys.executable]
     if launcher is not None:
@@ -168,7 +169,7 @@ def launch_command(launcher: str | None, processes: int, *program: object) -> li
 
 
 def pretrain_command(launcher: str | None, *arguments: object, processes: int = 2) -> list[str]:
-    """The command that trains a tiny model; see :func:`launch_command`."""
+    """Return the command that trains a tiny model; see :func:`launch_command`."""
     return launch_command(
         launcher,
         processes,
@@ -181,7 +182,7 @@ def pretrain_command(launcher: str | None, *arguments: object, processes: int = 
 
 
 def pretrain(launcher: str | None, *arguments: object, processes: int = 2) -> str:
-    """Run :func:`pretrain_command` to a good end and return what it printed."""
+    """Run :func:`pretrain_command`, which must exit with 0, and return its output."""
     return run_program(pretrain_command(launcher, *arguments, processes=processes), code=0).stdout
 
 
@@ -189,26 +190,27 @@ def job(
     run: Path,
     *arguments: str,
     program: str = "pretrain",
-    poisoned: Sequence[int] = (),
+    nan_calls: Sequence[int] = (),
     fault: str | None = None,
     source: Path | None = None,
     until: int = 0,
     damaged: int = 0,
     code: int = 0,
 ) -> dict[str, Any]:
-    """A run for :func:`several`; see tests/helpers/multi_run.py.
+    """Return a run for :func:`run_jobs`; see tests/helpers/multi_run.py.
 
     Args:
-        fault: one of tests/helpers/faults.py.
-        source: a run directory; this run goes on from what it was after ``until`` steps.
-        damaged: the step of a checkpoint of it that has another bit here.
-        code: the exit code with which it must end.
+        nan_calls: the calls of Engine.train_step where the last rank's loss is NaN.
+        fault: a function of tests/helpers/faults.py.
+        source: a run directory; the run resumes from its copy at step ``until``.
+        damaged: the step of a checkpoint where the copy has a flipped bit.
+        code: the expected exit code.
     """
     return {
         "program": program,
         "run_dir": str(run),
         "arguments": [*arguments, f"--run_dir={run}"],
-        "poisoned": poisoned,
+        "nan_calls": nan_calls,
         "fault": fault,
         "source": source and str(source),
         "until": until,
@@ -217,12 +219,12 @@ def job(
     }
 
 
-def several(
+def run_jobs(
     launcher: str | None, processes: int, folder: Path, jobs: list[dict[str, Any]]
 ) -> list[str]:
-    """Do runs in one launch, one after the other, and return what each printed."""
+    """Do runs in one launch, one after the other, and return the output of each."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = launch_command(
         launcher, processes, "-m", "tests.helpers.multi_run", folder / "jobs.json"
     )
-    return run_program(command, code=0).stdout.split(BETWEEN)
+    return run_program(command, code=0).stdout.split(RUN_SEPARATOR)

@@ -1,5 +1,6 @@
-"""A program of scripts/ with a fault planted in the engine: tests/helpers/faults.py FAULT PROGRAM
-ARGUMENTS...
+"""Run a program of scripts/ with a fault in the engine.
+
+tests/helpers/faults.py FAULT PROGRAM ARGUMENTS...
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from kantai.distributed.engine import Engine
 
 rank_info = RankInfo.from_environment()
 is_last = rank_info.rank == rank_info.world_size - 1
-installed = contextlib.ExitStack()  # until this process ends
+process_stack = contextlib.ExitStack()  # its contexts last until this process ends
 
 
 def mean_of_means() -> None:
-    """Each rank divides by the masked tokens of its own rows."""
+    """Each rank divides the loss by the masked tokens of its own rows."""
     real = Engine.sum_over_ranks
 
     def own(self: Engine, values: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,11 @@ def dropped_rank() -> None:
 
     def drop(kind: type[PyTorch]) -> None:
         real = kind.backward
-        kind.backward = lambda self, loss, scale: real(self, loss * (not is_last), scale)  # type: ignore[method-assign]
+
+        def dropping(self: Any, loss: torch.Tensor, scale: Any) -> Any:
+            return real(self, loss * (not is_last), scale)
+
+        kind.backward = dropping  # type: ignore[method-assign]
 
     drop(PyTorch)
     drop(DeepSpeedZero)
@@ -82,7 +87,7 @@ def lost_moment() -> None:
 
 
 def flipped_bit() -> None:
-    """In one rank's weights a bit changes at the sixth step."""
+    """A bit in the last rank's weights flips at the sixth step."""
     real = Engine.train_step
 
     def flipping(self: Engine, step: int, *rest: Any) -> Any:
@@ -95,7 +100,7 @@ def flipped_bit() -> None:
 
 
 def bad_gradient() -> None:
-    """One rank, and no other, has a gradient that is no number, after gradients were exchanged."""
+    """One rank alone has a NaN gradient after the ranks have exchanged gradients."""
     real = PyTorch.step
     calls = []
 
@@ -109,19 +114,20 @@ def bad_gradient() -> None:
 
 
 def third_engine_refused() -> None:
-    """No fault but a limit: there is memory for two engines at once."""
-    real, alive = Engine.__init__, weakref.WeakSet[Any]()
+    """Memory holds two engines at once; this is a limit and no fault."""
+    real = Engine.__init__
+    alive = weakref.WeakSet[Any]()
 
     def counting(self: Engine, *rest: Any, **named: Any) -> None:
         assert len(alive) < 2, "a third engine"
         real(self, *rest, **named)
-        alive.add(self.optimizer.layout.tensors[0].tensor)  # whoever holds it
+        alive.add(self.optimizer.layout.tensors[0].tensor)  # any holder of it counts
 
     Engine.__init__ = counting  # type: ignore[method-assign]
 
 
 def bad_gradient_and_stop() -> None:
-    """The same, and at that moment the run is asked to stop."""
+    """One rank has a NaN gradient as in ``bad_gradient``, and the run gets a STOP file then."""
     bad_gradient()
     real = PyTorch.step
     calls = []
@@ -141,12 +147,12 @@ def bad_gradient_and_stop() -> None:
 
 
 def exploding_loss() -> None:
-    """One rank's loss is a thousand times what it is, at the 104th step."""
-    installed.enter_context(loss_multiplied(1000.0, lambda step, _: is_last and step == 103))
+    """One rank's loss is a thousand times too large at the 104th step."""
+    process_stack.enter_context(loss_multiplied(1000.0, lambda step, _: is_last and step == 103))
 
 
 def endless_save() -> None:
-    """A rank's part of the first checkpoint is written, and the checkpoint is not made of it."""
+    """Each rank writes its part of the first checkpoint and then hangs before its publication."""
     real = Snapshot.save
 
     def waiting(self: Snapshot, folder: Path) -> Any:
@@ -158,7 +164,7 @@ def endless_save() -> None:
 
 
 def hanging_rank() -> None:
-    """One rank never comes to its fourth step."""
+    """One rank hangs before its fourth step."""
     real = Engine.train_step
 
     def hanging(self: Engine, step: int, *rest: Any) -> Any:
@@ -170,8 +176,8 @@ def hanging_rank() -> None:
 
 
 @contextlib.contextmanager
-def planted(name: str) -> Iterator[None]:
-    """With one of these, which is gone afterwards."""
+def planted_fault(name: str) -> Iterator[None]:
+    """Plant one of these faults; remove it afterwards."""
     kinds = (Batches, DeepSpeedZero, Engine, PyTorch, Snapshot)
     before = [dict(vars(kind)) for kind in kinds]
     globals()[name]()

@@ -3,19 +3,21 @@
 #
 #   minislurm.sh up DIR NODES                   a controller and nodes n1, n2, ...
 #   minislurm.sh exec DIR COMMAND ...           run a client in it: sbatch, squeue, scancel, ...
-#   minislurm.sh killnode|startnode DIR n2      the node and all its processes die; come back
-#   minislurm.sh unplug|plug DIR n2             its network cable; its processes stay alive
-#   minislurm.sh onnode DIR n2 COMMAND ...      run something there, such as a mount that only it sees
-#   minislurm.sh down DIR                       all of it goes
+#   minislurm.sh killnode|startnode DIR n2      kill the node and all its processes; start it again
+#   minislurm.sh unplug|plug DIR n2             cut its network, not its processes; restore it
+#   minislurm.sh onnode DIR n2 COMMAND ...      run a command there, such as a mount for it alone
+#   minislurm.sh down DIR                       end everything
 #
-# Every node has a process, mount and network namespace of its own (10.77.0.1X, its own 127.0.0.1 and ports): on one loopback for all,
-# launches that would fail on a cluster work. They are joined by a bridge inside a private "holder" namespace, whose first process takes
-# everything with it when it is killed. Nothing is written outside DIR. Without root, a user namespace is added.
+# Every node has its own process, mount and network namespace, with an address 10.77.0.1X and its
+# own 127.0.0.1 and ports. On a shared loopback, launches would work that fail on a cluster.
+# A bridge inside a private "holder" namespace joins the nodes. All processes end when the holder's
+# first process is killed. The script writes nothing outside DIR. Without root, it adds a user
+# namespace.
 set -euo pipefail
 command=$1; dir=$(realpath -m "$2"); shift 2; self=$(realpath "$0")
 export SLURM_CONF=$dir/etc/slurm.conf
-# Small char devices that stand for GPUs: SLURM counts and deals them out, nobody opens them.
-pretended_gpus=(/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /dev/ptmx /dev/kmsg)
+# Character devices stand for GPUs: SLURM counts and assigns them, and no program opens them.
+simulated_gpus=(/dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /dev/ptmx /dev/kmsg)
 is_root() { [ "$(id -u)" = 0 ]; }
 
 in_holder() {
@@ -23,17 +25,20 @@ in_holder() {
   is_root || user=(-U --preserve-credentials)
   nsenter -t "$(cat "$dir/run/holder.pid")" "${user[@]}" -n -m -p --wd="$PWD" -- "$@"
 }
-# What needs the holder's capabilities, which nsenter loses without root, the holder is asked for through a fifo.
+# Without root, nsenter loses the holder's capabilities. Commands that need them go to the holder
+# through a fifo.
 ask() {
   local answer="$dir/run/answer.$$.$RANDOM"
   echo "$answer $*" >"$dir/run/requests"
-  for _ in $(seq 18000); do # a guard against what hangs
+  for _ in $(seq 18000); do # ends what hangs
     if [ -e "$answer" ]; then code=$(cat "$answer"); rm -f "$answer"; return "$code"; fi
     sleep 0.05
   done
   echo "minislurm: no answer to: $*" >&2; return 1
 }
-without_capabilities() { if is_root; then "$@"; else setpriv --ambient-caps=-all --inh-caps=-all "$@"; fi; }
+without_capabilities() {
+  if is_root; then "$@"; else setpriv --ambient-caps=-all --inh-caps=-all "$@"; fi
+}
 wait_until_gone() { # zombies count as gone
   for _ in $(seq 100); do grep -qs '^State:.[^Z]' "/proc/$1/status" || return 0; sleep 0.05; done
 }
@@ -46,12 +51,15 @@ start_node() { # in the holder
     until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
     ip addr add "10.77.0.$3/24" dev eth0; ip link set eth0 up
     drop=(); [ "$(id -u)" = 0 ] || drop=(setpriv --ambient-caps=-all --inh-caps=-all)
-    "${drop[@]}" /usr/sbin/slurmd -D -N "$1" & wait $!' node "$node" "$dir" "$((10 + number))" >>"$dir/log/node-$node.out" 2>&1 </dev/null &
+    "${drop[@]}" /usr/sbin/slurmd -D -N "$1" & wait $!' node "$node" "$dir" "$((10 + number))" \
+    >>"$dir/log/node-$node.out" 2>&1 </dev/null &
   shell=$!
   echo $shell >"$dir/run/node-$node.pid"
   until inside=$(pgrep -P $shell); do sleep 0.02; done
   ip link del "v$node" 2>/dev/null || true
-  until [ "$(readlink "/proc/$inside/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.02; done
+  until [ "$(readlink "/proc/$inside/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do
+    sleep 0.02
+  done
   ip link add "v$node" type veth peer name eth0 netns "$inside"
   ip link set "v$node" master br0 up
 }
@@ -62,11 +70,16 @@ on_node() { # in the holder
 start_controller() { # in the holder
   hostname ctl
   mount --bind "$dir/etc/hosts" /etc/hosts
-  ip link set lo up; ip link add br0 type bridge; ip addr add 10.77.0.1/24 dev br0; ip link set br0 up
+  ip link set lo up
+  ip link add br0 type bridge
+  ip addr add 10.77.0.1/24 dev br0
+  ip link set br0 up
   /usr/sbin/mungekey -c -k "$dir/etc/munge.key"
-  # --force: DIR may lie in a folder that anyone may write to.
-  without_capabilities /usr/sbin/munged --force --key-file="$dir/etc/munge.key" --socket="$dir/run/munge.sock" --num-threads=2 \
-    --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" --seed-file="$dir/run/munged.seed" 2>>"$dir/log/munged.err"
+  # munged needs --force where DIR is in a folder that every user may write to.
+  without_capabilities /usr/sbin/munged --force --num-threads=2 \
+    --key-file="$dir/etc/munge.key" --socket="$dir/run/munge.sock" \
+    --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" \
+    --seed-file="$dir/run/munged.seed" 2>>"$dir/log/munged.err"
   without_capabilities /usr/sbin/slurmctld -c
 }
 holder() { # process 1 of the holder namespace
@@ -74,7 +87,10 @@ holder() { # process 1 of the holder namespace
   rm -f "$dir/run/requests"; mkfifo "$dir/run/requests"; exec 9<>"$dir/run/requests"
   start_controller
   for i in $(seq 1 "$nodes"); do start_node "n$i"; done
-  for _ in $(seq 9000); do [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && break; sleep 0.1; done
+  for _ in $(seq 9000); do
+    [ "$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c '^idle$')" = "$nodes" ] && break
+    sleep 0.1
+  done
   : >"$dir/run/ready"
   while read -r answer verb arguments <&9; do
     code=0
@@ -94,7 +110,8 @@ write_config() {
   local nodes=$1 user; user=$(id -un)
   mkdir -p "$dir"/{etc,run,log,state,spool}; chmod 755 "$dir" "$dir/run"
   : >"$dir/etc/plugstack.conf"; echo "CgroupPlugin=cgroup/v1" >"$dir/etc/cgroup.conf"
-  printf 'AutoDetect=off\nName=gpu File=%s\n' "$(IFS=,; echo "${pretended_gpus[*]:0:${MINISLURM_GPUS:-2}}")" >"$dir/etc/gres.conf"
+  printf 'AutoDetect=off\nName=gpu File=%s\n' \
+    "$(IFS=,; echo "${simulated_gpus[*]:0:${MINISLURM_GPUS:-2}}")" >"$dir/etc/gres.conf"
   printf '127.0.0.1 localhost\n10.77.0.1 ctl\n' >"$dir/etc/hosts"
   cat >"$SLURM_CONF" <<C
 ClusterName=mini
@@ -142,8 +159,11 @@ C
     echo "NodeName=n$i NodeHostname=n$i NodeAddr=10.77.0.$((10 + i))" >>"$SLURM_CONF"
     echo "10.77.0.$((10 + i)) n$i" >>"$dir/etc/hosts"
   done
-  echo "PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP GraceTime=60" >>"$SLURM_CONF"
-  echo "PartitionName=urgent Nodes=n[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=10" >>"$SLURM_CONF" # its jobs take main's nodes
+  echo "PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP GraceTime=60" \
+    >>"$SLURM_CONF"
+  # Jobs of this partition preempt those of main.
+  echo "PartitionName=urgent Nodes=n[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=10" \
+    >>"$SLURM_CONF"
 }
 up() {
   local user=() parent child=
@@ -156,8 +176,16 @@ up() {
   echo $parent >"$dir/run/holder-parent.pid"
   until child=$(pgrep -P $parent); do kill -0 $parent 2>/dev/null || break; sleep 0.02; done
   echo "$child" >"$dir/run/holder.pid"
-  for _ in $(seq 19000); do [ -e "$dir/run/ready" ] && break; kill -0 $parent 2>/dev/null || break; sleep 0.05; done
-  [ -e "$dir/run/ready" ] || { tail -n 5 "$dir"/log/*.out "$dir"/log/slurmctld.log >&2; down; return 1; }
+  for _ in $(seq 19000); do
+    [ -e "$dir/run/ready" ] && break
+    kill -0 $parent 2>/dev/null || break
+    sleep 0.05
+  done
+  [ -e "$dir/run/ready" ] || {
+    tail -n 5 "$dir"/log/*.out "$dir"/log/slurmctld.log >&2
+    down
+    return 1
+  }
 }
 down() {
   local parent; parent=$(cat "$dir/run/holder-parent.pid")

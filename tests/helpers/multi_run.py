@@ -1,11 +1,13 @@
-"""Several runs of programs of scripts/ in one launch: most of a short run's time goes into imports
-and joining.
+"""Do several runs of programs in scripts/ in one launch.
 
-accelerate launch ... -m tests.helpers.multi_run JOBS.json, where that is a list of what ``job`` of
-tests/helpers/commands.py makes. In a poisoned run, the last rank's loss is NaN at those calls of
-Engine.train_step. Where there is a source, the run goes on from what that run directory was after
-so many steps. What only large or long runs come across comes soon: collectives for some parameters
-at a time, and changes of fp16's loss scale.
+Imports and the process group take most of a short run's time, and one launch pays them once.
+
+    accelerate launch ... -m tests.helpers.multi_run JOBS.json
+
+JOBS.json is a list of jobs of tests/helpers/commands.py. The last rank's loss is NaN at the calls
+``nan_calls`` of Engine.train_step. A run with a source resumes from a copy of that run directory.
+Small limits make a short run meet cases of large and long ones: collectives of some parameters at
+a time, and changes of fp16's loss scale.
 """
 
 import contextlib
@@ -25,28 +27,28 @@ from kantai.diagnostics.faults import loss_multiplied
 from kantai.distributed.engine import Engine
 from kantai.distributed.loss_scale import LossScale
 from kantai.optim import sharding
-from tests.helpers.commands import BETWEEN, ROOT
-from tests.helpers.faults import planted
+from tests.helpers.commands import ROOT, RUN_SEPARATOR
+from tests.helpers.faults import planted_fault
 
 rank_info = RankInfo.from_environment()
 leave = Engine.leave
-last: list[Engine] = []
-sharding._BUCKET_ELEMENTS, LossScale.PATIENCE = 3000, 3
-Engine.matmul_flops_per_second.__defaults__ = (
-    0.01,
-)  # how fast the machine is does not matter here
+last_engine: list[Engine] = []
+
+sharding._BUCKET_ELEMENTS = 3000
+LossScale.PATIENCE = 3
+# The tests need no exact speed of the machine, so that its measurement is short.
+Engine.matmul_flops_per_second.__defaults__ = (0.01,)
 
 
-def poisoned(calls: list[int]) -> AbstractContextManager[None]:
+def nan_losses(calls: list[int]) -> AbstractContextManager[None]:
+    """Make the last rank's loss NaN at these calls."""
     count = itertools.count()
     is_last = rank_info.rank == rank_info.world_size - 1
     return loss_multiplied(float("nan"), lambda *_: next(count) in calls and is_last)
 
 
 def copy(source: Path, until: int, damaged: int, target: Path) -> None:
-    """Have rank 0 copy a run directory, without its later checkpoints and perhaps with a damaged
-    one.
-    """
+    """Have rank 0 copy a run directory up to a step, and damage the checkpoint of one step."""
     if not rank_info.is_main:
         while not target.exists():
             time.sleep(0.01)
@@ -61,23 +63,23 @@ def copy(source: Path, until: int, damaged: int, target: Path) -> None:
     copied.rename(target)
 
 
-def leave_open(self: Engine) -> None:
-    """The process group serves the next run."""
+def keep_process_group(self: Engine) -> None:
+    """Leave the process group open for the next run."""
     assert (
         self.raw_model.lm_head.decoder.weight
         is self.raw_model.roberta.embeddings.word_embeddings.weight
     )
-    last[:] = [self]
+    last_engine[:] = [self]
 
 
 def run(job: dict[str, Any]) -> None:
-    """Do one; its exit code must be the one that is expected."""
+    """Do one job; exit with a message unless its exit code is the expected one."""
     if job["source"] is not None:
         copy(Path(job["source"]), job["until"], job["damaged"], Path(job["run_dir"]))
     sys.argv = [job["program"], *job["arguments"]]
     code: Any = 0
-    fault = planted(job["fault"]) if job["fault"] else contextlib.nullcontext()
-    with fault, poisoned(job["poisoned"]):
+    fault = planted_fault(job["fault"]) if job["fault"] else contextlib.nullcontext()
+    with fault, nan_losses(job["nan_calls"]):
         try:
             runpy.run_path(str(ROOT / "scripts" / f"{job['program']}.py"), run_name="__main__")
         except SystemExit as stop:
@@ -87,10 +89,10 @@ def run(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    Engine.leave = leave_open  # type: ignore[method-assign]
+    Engine.leave = keep_process_group  # type: ignore[method-assign]
     for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         if number and rank_info.is_main:
-            print(BETWEEN, end="", flush=True)
+            print(RUN_SEPARATOR, end="", flush=True)
         run(job)
-    if last:
-        leave(last[0])
+    if last_engine:
+        leave(last_engine[0])

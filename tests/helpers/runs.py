@@ -1,4 +1,4 @@
-"""What runs have written, and how far two of them are apart."""
+"""Read and compare the files of runs."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from kantai.checkpoint.store import CheckpointStore
 from kantai.storage.atomic import verify
 
 
-def state(run_dir: Path, step: int) -> dict[str, Any]:
-    """All tensors of a checkpoint by name, whatever files they are in."""
+def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, Any]:
+    """Return all tensors of a checkpoint by name, from all its files."""
     folder = CheckpointStore(run_dir).path(step)
     verify(folder)
     return {
@@ -23,7 +23,10 @@ def state(run_dir: Path, step: int) -> dict[str, Any]:
 
 
 def metrics(run_dir: Path, name: str) -> list[float]:
-    """One metric of a run, in the order of the steps, none missing or twice."""
+    """Return one metric of a run in the order of steps.
+
+    A ``train/`` metric must have each step once.
+    """
     records: list[dict[str, Any]] = [
         json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
     ]
@@ -41,11 +44,10 @@ def assert_same_run(
     norm: float = 1e-5,
     weights: float | None = 1e-4,
 ) -> None:
-    """Of all steps the losses and gradient norms, the scores, and the last weights and moments;
-    None: not those.
+    """Fail unless two runs have the same losses, gradient norms, scores and last checkpoint.
 
-    The tolerances are absolute: of a loss of 8 and gradient norms of 2, where two add up in another
-    order.
+    The tolerances are absolute, for a loss of about 8 and gradient norms of about 2, where sums may
+    have another order. ``weights=None`` leaves the checkpoint out.
     """
     for name, tolerance in (
         ("train/loss", loss),
@@ -58,10 +60,11 @@ def assert_same_run(
 
 
 def assert_same_weights(run: Path, reference: Path, tolerance: float = 1e-4) -> None:
-    """All weights and moments of the last checkpoint."""
+    """Fail unless the last checkpoints of two runs have the same weights and moments."""
     last = CheckpointStore(reference).steps()[-1]
     assert len(metrics(run, "train/loss")) == last
-    ours, theirs = state(run, last), state(reference, last)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert abs(tensor - theirs[name]).max() <= tolerance, name
+    tensors = checkpoint_tensors(run, last)
+    expected = checkpoint_tensors(reference, last)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert abs(tensor - expected[name]).max() <= tolerance, name

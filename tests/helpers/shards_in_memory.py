@@ -1,4 +1,4 @@
-"""Shards that are in memory alone, for rows that can be written down by hand."""
+"""Shards in memory, for tests that write their rows by hand."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from kantai.data.shards import Shard, Split
 
 
 def split_of(*shards: tuple[np.ndarray, list[int]]) -> Split:
-    """Shards of tokens and document boundaries."""
+    """Make a split of shards, each of tokens and document boundaries."""
     made = {
         str(number): Shard(tokens, np.array(boundaries, np.int32))
         for number, (tokens, boundaries) in enumerate(shards)
@@ -19,5 +19,5 @@ def split_of(*shards: tuple[np.ndarray, list[int]]) -> Split:
 
 
 def streams(*tokens: np.ndarray) -> Split:
-    """Shards of one document each."""
+    """Make a split of shards with one document each."""
     return split_of(*((stream, [0, len(stream)]) for stream in tokens))

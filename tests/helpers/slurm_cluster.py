@@ -1,5 +1,6 @@
-"""A real SLURM on this machine, and what tests do with it. Needs slurm-wlm and munge;
-scripts/test.sh installs them or says how.
+"""A real SLURM on this machine for tests.
+
+It needs slurm-wlm and munge; scripts/test.sh installs them or tells how.
 """
 
 import os
@@ -19,41 +20,43 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 class Cluster:
-    """Nodes n1, n2, ... of two cores and two pretended GPUs each, all of which see the same disk."""
+    """Nodes n1, n2, ... with two cores and two simulated GPUs each, and a shared disk."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
-        self.folder, self.logs, self.scratch = folder, folder / "logs", folder / "scratch"
+        self.folder = folder
+        self.logs = folder / "logs"
+        self.scratch = folder / "scratch"
         self.logs.mkdir(parents=True)
         self.scratch.mkdir()
-        self._state = tempfile.mkdtemp()  # sockets in it have names of 108 characters at most
+        self._state = tempfile.mkdtemp()  # short: a socket's path has at most 108 characters
         self._call("up", nodes)
 
     def close(self) -> None:
-        """End everything that runs in it."""
+        """End all processes of the cluster."""
         self._call("down")
         shutil.rmtree(self._state, ignore_errors=True)
 
     def run(self, *command: object) -> str:
-        """Run a client in the cluster and return what it printed."""
+        """Run a client such as squeue in the cluster and return its output."""
         return self._call("exec", *command)
 
     def admin(self, verb: str, node: str, *command: object) -> None:
-        """killnode, startnode, unplug, plug, onnode; see minislurm.sh."""
+        """Call killnode, startnode, unplug, plug or onnode of minislurm.sh."""
         self._call(verb, node, *command)
 
     def set_down(self, node: str) -> None:
-        """Let SLURM know now that a node does not answer. It would find out by itself, after
-        minutes.
-        """
+        """Tell SLURM that a node does not answer; SLURM itself would notice after minutes."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def sbatch(self, *arguments: object, site: str = "") -> str:
-        """Submit one of slurm/*.sbatch from the repository's root, with the tests' site.env and
-        some lines more, and return the job's id.
+        """Submit one of slurm/*.sbatch from the repository's root and return the job's id.
+
+        Args:
+            arguments: options, template and arguments for sbatch.
+            site: lines to add to the tests' site.env.
         """
-        path = (
-            self.folder / f"site-{time.monotonic_ns()}.env"
-        )  # one a job: a requeued job reads it again
+        # Each job has its own file, because a requeued job reads it again.
+        path = self.folder / f"site-{time.monotonic_ns()}.env"
         path.write_text(
             f"""
             export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
@@ -68,37 +71,37 @@ class Cluster:
         return printed.split(";")[0].strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM says of a job: JobState, Restarts, NodeList, ..."""
+        """Return SLURM's record of a job: JobState, Restarts, NodeList, ..."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def output(self, job: str, name: str = "pretrain") -> str:
-        """What the batch script has printed so far, in all its attempts."""
+        """Return the batch script's output so far, of all attempts."""
         path = self.logs / f"{name}-{job}.out"
         return path.read_text() if path.exists() else ""
 
     def wait(
         self, job: str, states: set[str] = ENDED, seconds: float = MAX_SECONDS
     ) -> dict[str, str]:
-        """Return the job when it is in one of some states."""
+        """Wait until the job is in one of ``states`` and return its record."""
         self.wait_until(lambda: self.job(job)["JobState"] in states, seconds, job)
         return self.job(job)
 
     def wait_until(
         self,
-        happened: Callable[[], bool],
+        condition: Callable[[], bool],
         seconds: float = MAX_SECONDS,
         job: str = "",
         poll_seconds: float = 0.2,
     ) -> None:
-        """Return when something has happened; fail with all logs when it does not in time."""
+        """Wait until the condition holds; fail with all logs after ``seconds``."""
         end = time.monotonic() + seconds
-        while not happened():
+        while not condition():
             assert time.monotonic() < end, f"{self.job(job) if job else ''}\n{self.all_logs()}"
             time.sleep(poll_seconds)
 
     def all_logs(self) -> str:
-        """The ends of all logs of all jobs."""
+        """Return the end of each log of each job."""
         return "\n".join(
             f"=== {path}\n{end_of(path.read_text())}"
             for path in sorted(self.logs.rglob("*.[lo][ou][gt]"))
@@ -125,8 +128,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster_of(folder: Path, nodes: int) -> Iterator[Cluster]:
-    """A cluster that is gone afterwards."""
+def running_cluster(folder: Path, nodes: int) -> Iterator[Cluster]:
+    """Yield a cluster; end it afterwards."""
     cluster = Cluster(folder, nodes)
     try:
         yield cluster

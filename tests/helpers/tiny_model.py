@@ -17,22 +17,24 @@ def load(*arguments: str) -> Config:
 
 
 class Tiny(nn.Module):
-    """Named like a RoBERTa: an embedding, a tall and a wide matrix, a norm, a head of its own."""
+    """A model with RoBERTa's names: an embedding, a tall and a wide matrix, a norm, a head."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.embeddings = nn.Embedding(20, 8)
-        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.up = nn.Linear(8, 24)
+        self.down = nn.Linear(24, 8)
         self.LayerNorm = nn.LayerNorm(8)
         self.decoder = nn.Linear(8, 20)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.decoder(self.LayerNorm(self.down(self.up(self.embeddings(ids)).relu())))  # type: ignore[no-any-return]
+        hidden = self.down(self.up(self.embeddings(ids)).relu())
+        return self.decoder(self.LayerNorm(hidden))  # type: ignore[no-any-return]
 
 
 def gradients() -> Iterator[list[Tensor]]:
-    """Of each step, for all parameters: far from 0 and of different sizes."""
+    """Yield the gradients of each step: far from 0, and of another size for each parameter."""
     torch.manual_seed(2)
     for _ in range(STEPS):
         yield [
@@ -42,6 +44,7 @@ def gradients() -> Iterator[list[Tensor]]:
 
 
 def trained(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Take all steps and return the model's state."""
     for found in gradients():
         for parameter, gradient in zip(model.parameters(), found, strict=True):
             parameter.grad = gradient.clone()

@@ -1,4 +1,4 @@
-"""Bad input gets one line that says what to do, exit code 2, no traceback; and nothing is written."""
+"""Tests of bad input: a program prints one line of advice, exits with code 2, writes nothing."""
 
 import os
 import shutil
@@ -15,11 +15,14 @@ from kantai.storage.atomic import staged
 from tests.helpers.commands import ROOT, TINY, launch_command, pretrain, run_program, script
 
 
-class Workshop:
-    """Good inputs, to spoil one of them; ``new`` must not be there afterwards."""
+class Inputs:
+    """Good inputs, one of which a test damages; the output ``new`` must not exist afterwards."""
 
     def __init__(self, folder: Path, corpus: Path, tokenizer: Path, shards: Path) -> None:
-        self.folder, self.corpus, self.tokenizer, self.shards = folder, corpus, tokenizer, shards
+        self.folder = folder
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.shards = shards
         self.new = folder / "new"
 
     def file(self, name: str, content: bytes) -> Path:
@@ -54,8 +57,8 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, shards_dir: Path) -> Workshop:
-    return Workshop(tmp_path, corpus_file, tokenizer_dir, shards_dir)
+def inputs(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, shards_dir: Path) -> Inputs:
+    return Inputs(tmp_path, corpus_file, tokenizer_dir, shards_dir)
 
 
 def with_flipped_bit(shards: Path) -> Path:
@@ -72,7 +75,7 @@ def other_tokenizer(folder: Path) -> Path:
     return folder / "other"
 
 
-CASES: dict[str, tuple[Callable[[Workshop], tuple[object, ...]], str]] = {
+CASES: dict[str, tuple[Callable[[Inputs], tuple[object, ...]], str]] = {
     "missing file": (
         lambda w: w.train_tokenizer("--input", w.folder / "nothing.txt"),
         "no input at",
@@ -213,26 +216,26 @@ CASES: dict[str, tuple[Callable[[Workshop], tuple[object, ...]], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_exit_code_2(case: str, workshop: Workshop) -> None:
+def test_bad_input_ends_in_one_line_and_code_2(case: str, inputs: Inputs) -> None:
     command, message = CASES[case]
-    before = sorted(workshop.shards.rglob("*"))
-    name, *arguments = command(workshop)
+    before = sorted(inputs.shards.rglob("*"))
+    name, *arguments = command(inputs)
     done = script(str(name), *arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert not workshop.new.exists()
-    assert not list(workshop.folder.glob(".*"))
-    assert sorted(workshop.shards.rglob("*")) == before
+    assert not inputs.new.exists()
+    assert not list(inputs.folder.glob(".*"))
+    assert sorted(inputs.shards.rglob("*")) == before
 
 
 @pytest.mark.slow
-def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> None:
-    _, *arguments = workshop.pretrain("--training.max_steps=2")
+def test_run_dir_of_other_config_is_left_alone(inputs: Inputs) -> None:
+    _, *arguments = inputs.pretrain("--training.max_steps=2")
     arguments = arguments[2 + len(TINY) :]
     pretrain(None, *arguments)
-    before = {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in inputs.new.rglob("*") if path.is_file()}
     for change, message in (
         ("--optimizer.learning_rate=0.5", "optimizer.learning_rate was 0.001 and is 0.5"),
         ("--seed=1", "seed was 0 and is 1"),
@@ -242,11 +245,11 @@ def test_a_run_directory_of_another_config_is_left_alone(workshop: Workshop) -> 
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
-    assert {path: path.read_bytes() for path in workshop.new.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in inputs.new.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
-def test_every_rank_refuses_and_one_speaks(workshop: Workshop) -> None:
+def test_only_one_rank_prints_the_error(inputs: Inputs) -> None:
     done = run_program(
         launch_command(
             "cpu", 2, "scripts/pretrain.py", "--config", "configs/quickstart.yaml", "--seeed=1"
@@ -257,9 +260,9 @@ def test_every_rank_refuses_and_one_speaks(workshop: Workshop) -> None:
     assert "unknown key 'seeed'; the nearest known one is 'seed'" in done.stderr
 
 
-def test_no_space_left(workshop: Workshop) -> None:
-    """A file-size limit stands in for the full disk where there is no root to mount a small one."""
-    small = workshop.folder / "small"
+def test_full_disk_ends_tokenization_without_output(inputs: Inputs) -> None:
+    """Root mounts a small disk; other users get a file-size limit instead."""
+    small = inputs.folder / "small"
     small.mkdir()
     if os.geteuid() == 0:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=True)
@@ -269,9 +272,9 @@ def test_no_space_left(workshop: Workshop) -> None:
             sys.executable,
             "scripts/tokenize_corpus.py",
             "--input",
-            workshop.corpus,
+            inputs.corpus,
             "--tokenizer",
-            workshop.tokenizer,
+            inputs.tokenizer,
         ]
         done = run_program([*limit, *program, "--output", small / "shards"])
         assert done.returncode == 2, done.stderr
@@ -283,9 +286,9 @@ def test_no_space_left(workshop: Workshop) -> None:
             subprocess.run(["umount", small], check=True)
 
 
-def test_checking_writes_nothing(workshop: Workshop) -> None:
-    name, *arguments = workshop.pretrain("--check")
+def test_pretrain_check_writes_nothing(inputs: Inputs) -> None:
+    name, *arguments = inputs.pretrain("--check")
     done = script(str(name), *arguments)
     assert done.returncode == 0, done.stderr
     assert "0 of" in done.stdout
-    assert not workshop.new.exists()
+    assert not inputs.new.exists()

@@ -1,4 +1,4 @@
-"""The benchmarks run, in their smallest forms; how long anything takes is nobody's failure here."""
+"""Tests that the benchmarks run at their smallest sizes; no test checks a duration."""
 
 import sys
 
@@ -8,7 +8,7 @@ from tests.helpers.commands import ROOT, run_program
 
 pytestmark = pytest.mark.slow
 
-# curves.py needs matplotlib, which nothing else here does.
+# curves.py needs matplotlib, which is no dependency of the tests.
 PROGRAMS = sorted(
     path.name
     for path in (ROOT / "benchmarks").glob("*.py")
@@ -25,11 +25,11 @@ for name in sys.argv[1:]:
 """
 
 
-def printed(name: str, *arguments: object, code: int | None = 0) -> str:
+def benchmark_output(name: str, *arguments: object, code: int | None = 0) -> str:
     return run_program([sys.executable, f"benchmarks/{name}.py", *arguments], code=code).stdout
 
 
-def test_every_one_finds_what_it_imports() -> None:
+def test_every_benchmark_prints_its_help() -> None:
     said = run_program(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, 'benchmarks'){HELP}", *PROGRAMS],
         code=0,
@@ -37,18 +37,18 @@ def test_every_one_finds_what_it_imports() -> None:
     assert all(f"usage: {name}" in said for name in PROGRAMS)
 
 
-def test_a_corpus_on_paper_is_opened_by_the_real_code() -> None:
-    said = printed("scale", "--tokens", "3e8")
+def test_scale_benchmark_opens_simulated_corpus() -> None:
+    said = benchmark_output("scale", "--tokens", "3e8")
     assert "| text, at 4.4 bytes a token | 0.00 TB in 1 files |" in said
     assert "| sequences of 512 | 582,411: 71 steps of 8,192 an epoch |" in said
     assert "| 1 | 100.0% | 1 GB |" in said
 
 
-def test_a_step_on_many_gpus_is_modelled() -> None:
-    assert "| 4 A100 a node, one 100 Gbit/s card | 1024 |" in printed("step_time")
+def test_step_time_benchmark_models_many_gpus() -> None:
+    assert "| 4 A100 a node, one 100 Gbit/s card | 1024 |" in benchmark_output("step_time")
 
 
-def test_isolated_documents_are_compared_and_timed() -> None:
+def test_isolated_benchmark_compares_and_times() -> None:
     sizes = [
         "--rows=1",
         "--seq_len=64",
@@ -57,5 +57,5 @@ def test_isolated_documents_are_compared_and_timed() -> None:
         "--hidden_size=64",
         "--seconds=0.01",
     ]
-    said = printed("isolated", *sizes, code=None)  # whether all is exact there is for it to say
+    said = benchmark_output("isolated", *sizes, code=None)  # the exit code tells exactness
     assert "isolated, mask, fp32" in said and "tokens a second" in said

@@ -1,4 +1,4 @@
-"""The whole line with the commands of the README, and the quickstart, interrupted and run again."""
+"""Tests of the README's commands from training to prediction, and of the quickstart script."""
 
 import shutil
 from pathlib import Path
@@ -46,7 +46,7 @@ def model_dir(run: Path) -> Path:
     return run.parent / "model"
 
 
-def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
+def test_metrics_and_tensorboard_are_complete(run: Path) -> None:
     for name in ("loss", "accuracy", "perplexity", "learning_rate", "grad_norm"):
         assert len(metrics(run, f"train/{name}")) == STEPS
     assert all(0 < mfu < 2 for mfu in metrics(run, "speed/mfu"))
@@ -61,7 +61,7 @@ def test_metrics_and_tensorboard_have_everything(run: Path) -> None:
     assert b"&lt;mask>" in events.Tensors("fill_mask/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_retention_keeps_the_last_ones(run: Path) -> None:
+def test_run_saves_at_interval_and_at_end(run: Path) -> None:
     assert sorted(path.name for path in (run / "checkpoints").glob("[!.]*")) == [
         "step-00000002",
         "step-00000004",
@@ -69,7 +69,7 @@ def test_retention_keeps_the_last_ones(run: Path) -> None:
     ]
 
 
-def test_evaluate_says_what_training_said(run: Path) -> None:
+def test_evaluate_matches_held_out_loss_of_training(run: Path) -> None:
     done = script("evaluate", run)
     assert done.returncode == 0, done.stderr
     (loss,) = (
@@ -79,9 +79,7 @@ def test_evaluate_says_what_training_said(run: Path) -> None:
     assert "unigram entropy" in done.stdout
 
 
-def test_the_exported_folder_is_stock_complete_and_the_trained_model(
-    run: Path, model_dir: Path
-) -> None:
+def test_export_loads_in_transformers_with_same_logits(run: Path, model_dir: Path) -> None:
     verify(model_dir)
     opened, step = open_saved_run(run)
     trained = build_model(
@@ -91,10 +89,8 @@ def test_the_exported_folder_is_stock_complete_and_the_trained_model(
         seed=opened.config.seed,
     )
     load_weights(trained, opened.store.path(step))
-    loaded, tokenizer = (
-        AutoModelForMaskedLM.from_pretrained(model_dir).eval(),
-        AutoTokenizer.from_pretrained(model_dir),
-    )
+    loaded = AutoModelForMaskedLM.from_pretrained(model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     assert type(loaded).__name__ == "RobertaForMaskedLM"
     inputs = tokenizer("The value of the <mask> is an object.", return_tensors="pt")
     with torch.no_grad():
@@ -108,9 +104,7 @@ def test_the_exported_folder_is_stock_complete_and_the_trained_model(
     assert f"{metrics(run, 'held_out/loss')[-1]:.3f}" in card
 
 
-def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(
-    run: Path, model_dir: Path, tmp_path: Path
-) -> None:
+def test_refused_export_writes_nothing(run: Path, model_dir: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in model_dir.rglob("*")}
     assert script("export", run, "--output", model_dir).returncode == 2
     assert {path: path.read_bytes() for path in model_dir.rglob("*")} == before
@@ -123,7 +117,7 @@ def test_export_to_what_exists_and_export_of_a_damaged_run_write_nothing(
     assert not (tmp_path / "model").exists()
 
 
-def test_fill_mask_prints_five_words_a_text(model_dir: Path, run: Path) -> None:
+def test_fill_mask_prints_five_words_per_text(model_dir: Path, run: Path) -> None:
     prompts = (run / "prompts.txt").read_text().splitlines()
     assert len(prompts) == 3
     done = script(
@@ -138,16 +132,16 @@ def test_fill_mask_prints_five_words_a_text(model_dir: Path, run: Path) -> None:
     assert len(lines) == 4 * 6
 
 
-def test_a_mask_beyond_the_models_sight_is_said(model_dir: Path) -> None:
+def test_mask_beyond_model_length_is_an_error(model_dir: Path) -> None:
     done = script("fill_mask", model_dir, "word " * 100 + "<mask>")
     assert done.returncode == 2
     assert "lies beyond the 32 tokens" in done.stderr.splitlines()[-1]
 
 
-def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(
+def test_quickstart_resumes_after_kill_and_skips_done_work(
     corpus_file: Path, tmp_path: Path
 ) -> None:
-    """In a copy of what it needs, with its .venv; a few steps instead of minutes of them."""
+    """The quickstart runs for a few steps in a copy of the repository, with its .venv."""
     for name in ("configs", "kantai", "scripts", "tests/helpers"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("constraints.txt", "pyproject.toml"):
@@ -161,7 +155,7 @@ def test_quickstart_goes_on_where_it_was_killed_and_skips_what_is_finished(
     command = ["bash", "scripts/quickstart.sh", "--corpus", corpus_file, *settings]
     pretrain = tmp_path / "scripts" / "pretrain.py"
 
-    # So that it does not come to its end before it is killed: a rank that hangs after some steps.
+    # A hanging rank keeps the run from finishing before it is killed.
     real = pretrain.rename(pretrain.with_stem("real"))
     pretrain.write_text(
         "import runpy, sys; sys.argv[1:1] = ['hanging_rank', 'real']; "

@@ -1,8 +1,7 @@
-"""Every file that the programs read, damaged at random: each time it is as if nothing had happened,
-or one error that the programs print.
+"""Tests that damage files at random: reading a file succeeds or raises one UserError.
 
-Bytes are changed, and values of JSON and YAML are exchanged for others, also under manifests that
-have been signed anew: so the checks behind the checksums are looked at too.
+They change bytes, and replace values of JSON and YAML. Some sign the manifest again afterwards, so
+that reading reaches the checks after the checksums.
 """
 
 import json
@@ -39,18 +38,16 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# What the library promises of no file: a traceback for the user.
+# Reads files as a program does; any error but a UserError fails the test.
 Read = Callable[[], object]
 
 
 @st.composite
-def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """A way to change some bytes: flipped, cut off, taken out, put in."""
-    how, at, some = (
-        draw(st.sampled_from("flip cut remove insert".split())),
-        draw(st.floats(0, 1)),
-        draw(st.binary(min_size=1, max_size=20)),
-    )
+def byte_damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Draw a function that flips, cuts off, removes or inserts some bytes."""
+    how = draw(st.sampled_from("flip cut remove insert".split()))
+    at = draw(st.floats(0, 1))
+    some = draw(st.binary(min_size=1, max_size=20))
 
     def damage(content: bytes) -> bytes:
         place = int(at * len(content))
@@ -69,7 +66,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return damage
 
 
-anything = st.recursive(
+any_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
@@ -79,13 +76,11 @@ anything = st.recursive(
 
 
 @st.composite
-def exchanges(draw: st.DrawFn) -> Callable[[Any], Any]:
-    """A way to put another value somewhere into a tree of dicts and lists, or to take one out."""
-    path, value, gone = (
-        draw(st.lists(st.integers(0, 99), max_size=6)),
-        draw(anything),
-        draw(st.booleans()),
-    )
+def value_exchanges(draw: st.DrawFn) -> Callable[[Any], Any]:
+    """Draw a function that replaces or removes one value in a tree of dicts and lists."""
+    path = draw(st.lists(st.integers(0, 99), max_size=6))
+    value = draw(any_value)
+    gone = draw(st.booleans())
 
     def exchange(tree: Any, path: list[int] = path) -> Any:
         if not path or not isinstance(tree, dict | list) or not tree:
@@ -102,8 +97,8 @@ def exchanges(draw: st.DrawFn) -> Callable[[Any], Any]:
     return exchange
 
 
-def signed_anew(folder: Path, change: Callable[[Any], Any] = lambda tree: tree) -> None:
-    """Give a folder a manifest that is right about its bytes."""
+def sign_again(folder: Path, change: Callable[[Any], Any] = lambda tree: tree) -> None:
+    """Write a manifest with the sizes and hashes that the folder's files now have."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["digest"]
     files = {
@@ -115,8 +110,8 @@ def signed_anew(folder: Path, change: Callable[[Any], Any] = lambda tree: tree) 
     (folder / MANIFEST).write_text(json.dumps(signed))
 
 
-def survives(folder: Path, read: Read) -> None:
-    """Reading comes to a good end or to an error in words, and writes nothing."""
+def assert_read_ends_well(folder: Path, read: Read) -> None:
+    """Fail unless reading succeeds or raises a UserError with a message, and writes nothing."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     try:
         read()
@@ -126,27 +121,25 @@ def survives(folder: Path, read: Read) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> Path:
-    """A folder with shards, a tokenizer and a config."""
+def inputs_dir(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> Path:
+    """Return a folder with shards, a tokenizer and a config."""
     shutil.copytree(shards_dir, tmp_path / "shards")
     shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     (tmp_path / "config.yaml").write_text(CONFIG.read_text())
     return tmp_path
 
 
-def reads(place: Path) -> Read:
-    """All that is done with shards and tokenizer before a model is shown them, and with the run
-    directory.
-    """
+def training_read(inputs_dir: Path) -> Read:
+    """Return a function that reads shards, tokenizer and run directory as training does."""
 
     def read() -> None:
         where = [
-            f"--data.shards={place / 'shards'}",
-            f"--data.tokenizer={place / 'tokenizer'}",
-            f"--run_dir={place / 'run'}",
+            f"--data.shards={inputs_dir / 'shards'}",
+            f"--data.tokenizer={inputs_dir / 'tokenizer'}",
+            f"--run_dir={inputs_dir / 'run'}",
         ]
         config = load_config(
-            place / "config.yaml",
+            inputs_dir / "config.yaml",
             [*TINY, *where, "--training.max_steps=4", "--training.epochs=null"],
         )
         data = open_data(config)
@@ -161,70 +154,78 @@ def reads(place: Path) -> Read:
 
 
 @fuzz
-@given(damage=damages())
-def test_a_config_of_any_bytes(damage: Callable[[bytes], bytes], place: Path) -> None:
-    (place / "config.yaml").write_bytes(damage(CONFIG.read_bytes()))
-    survives(place, lambda: load_config(place / "config.yaml"))
+@given(damage=byte_damages())
+def test_config_of_damaged_bytes_raises_only_user_errors(
+    damage: Callable[[bytes], bytes], inputs_dir: Path
+) -> None:
+    (inputs_dir / "config.yaml").write_bytes(damage(CONFIG.read_bytes()))
+    assert_read_ends_well(inputs_dir, lambda: load_config(inputs_dir / "config.yaml"))
 
 
 @fuzz
-@given(exchange=exchanges())
-def test_a_config_of_any_values(exchange: Callable[[Any], Any], place: Path) -> None:
-    (place / "config.yaml").write_text(yaml.safe_dump(exchange(yaml.safe_load(CONFIG.read_text()))))
-    survives(place, lambda: load_config(place / "config.yaml"))
+@given(exchange=value_exchanges())
+def test_config_of_random_values_raises_only_user_errors(
+    exchange: Callable[[Any], Any], inputs_dir: Path
+) -> None:
+    (inputs_dir / "config.yaml").write_text(
+        yaml.safe_dump(exchange(yaml.safe_load(CONFIG.read_text())))
+    )
+    assert_read_ends_well(inputs_dir, lambda: load_config(inputs_dir / "config.yaml"))
 
 
 @fuzz
-@given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
-def test_shards_of_any_bytes(
-    damage: Callable[[bytes], bytes], which: int, signs: bool, place: Path, shards_dir: Path
+@given(damage=byte_damages(), which=st.integers(0, 99), signs=st.booleans())
+def test_shards_of_damaged_bytes_raise_only_user_errors(
+    damage: Callable[[bytes], bytes], which: int, signs: bool, inputs_dir: Path, shards_dir: Path
 ) -> None:
     files = sorted(path.name for path in shards_dir.iterdir() if path.is_file())
     name = files[which % len(files)]
-    (place / "shards" / name).write_bytes(damage((shards_dir / name).read_bytes()))
+    (inputs_dir / "shards" / name).write_bytes(damage((shards_dir / name).read_bytes()))
     if signs and name != MANIFEST:
-        signed_anew(place / "shards")
-    survives(place, reads(place))
+        sign_again(inputs_dir / "shards")
+    assert_read_ends_well(inputs_dir, training_read(inputs_dir))
     for restored in (name, MANIFEST):
-        shutil.copy(shards_dir / restored, place / "shards" / restored)
+        shutil.copy(shards_dir / restored, inputs_dir / "shards" / restored)
 
 
 @fuzz
-@given(exchange=exchanges())
-def test_a_manifest_of_any_values(
-    exchange: Callable[[Any], Any], place: Path, shards_dir: Path
+@given(exchange=value_exchanges())
+def test_manifest_of_random_values_raises_only_user_errors(
+    exchange: Callable[[Any], Any], inputs_dir: Path, shards_dir: Path
 ) -> None:
-    signed_anew(place / "shards", exchange)
-    survives(place, reads(place))
-    shutil.copy(shards_dir / MANIFEST, place / "shards" / MANIFEST)
+    sign_again(inputs_dir / "shards", exchange)
+    assert_read_ends_well(inputs_dir, training_read(inputs_dir))
+    shutil.copy(shards_dir / MANIFEST, inputs_dir / "shards" / MANIFEST)
 
 
 @fuzz
-@given(damage=damages(), exchange=exchanges(), bytewise=st.booleans())
-def test_a_tokenizer_of_any_content(
+@given(damage=byte_damages(), exchange=value_exchanges(), bytewise=st.booleans())
+def test_damaged_tokenizer_raises_only_user_errors(
     damage: Callable[[bytes], bytes],
     exchange: Callable[[Any], Any],
     bytewise: bool,
-    place: Path,
+    inputs_dir: Path,
     tokenizer_dir: Path,
 ) -> None:
     content = (tokenizer_dir / "tokenizer.json").read_bytes()
     changed = damage(content) if bytewise else json.dumps(exchange(json.loads(content))).encode()
-    (place / "tokenizer" / "tokenizer.json").write_bytes(changed)
+    (inputs_dir / "tokenizer" / "tokenizer.json").write_bytes(changed)
 
     def encode() -> None:
-        ids, lengths = load_tokenizer(place / "tokenizer").encode(["I think. ü", "", "x" * 100])
+        ids, lengths = load_tokenizer(inputs_dir / "tokenizer").encode(
+            ["I think. ü", "", "x" * 100]
+        )
         assert len(ids) == lengths.sum()
 
-    survives(place, encode)
-    survives(place, reads(place))
+    assert_read_ends_well(inputs_dir, encode)
+    assert_read_ends_well(inputs_dir, training_read(inputs_dir))
 
 
 @pytest.fixture(scope="module")
 def saved(
     shards_dir: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Engine]]:
-    """A run directory with a checkpoint, and an engine that can take it up."""
+    """Yield a run directory with checkpoints, and an engine that can load them."""
     run = tmp_path_factory.mktemp("saved") / "run"
     where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}", f"--run_dir={run}"]
     config = load_config(
@@ -261,8 +262,8 @@ def saved(
     engine.leave()
 
 
-def resumes(run: Path, engine: Engine) -> Read:
-    """What a resume and an export read."""
+def resume_read(run: Path, engine: Engine) -> Read:
+    """Return a function that reads a run as a resume and an export do."""
 
     def read() -> None:
         opened, step = open_saved_run(run)
@@ -275,8 +276,8 @@ def resumes(run: Path, engine: Engine) -> Read:
 
 @pytest.mark.slow
 @fuzz
-@given(damage=damages(), which=st.integers(0, 99), signs=st.booleans())
-def test_a_run_directory_of_any_bytes(
+@given(damage=byte_damages(), which=st.integers(0, 99), signs=st.booleans())
+def test_run_dir_of_damaged_bytes_raises_only_user_errors(
     damage: Callable[[bytes], bytes],
     which: int,
     signs: bool,
@@ -290,14 +291,17 @@ def test_a_run_directory_of_any_bytes(
     path = files[which % len(files)]
     path.write_bytes(damage(path.read_bytes()))
     if signs and path.suffix == ".safetensors":
-        signed_anew(path.parent)
-    survives(tmp_path, resumes(tmp_path / "run", engine))
+        sign_again(path.parent)
+    assert_read_ends_well(tmp_path, resume_read(tmp_path / "run", engine))
 
 
 @pytest.mark.slow
 @fuzz
-@given(exchange=exchanges(), name=st.sampled_from(["manifest", "header", "skipped_data", "config"]))
-def test_a_run_directory_of_any_values(
+@given(
+    exchange=value_exchanges(),
+    name=st.sampled_from(["manifest", "header", "skipped_data", "config"]),
+)
+def test_run_dir_of_random_values_raises_only_user_errors(
     exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path
 ) -> None:
     run, engine = saved
@@ -305,35 +309,35 @@ def test_a_run_directory_of_any_values(
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
     newest = CheckpointStore(tmp_path / "run").path(4)
     if name == "manifest":
-        signed_anew(newest, exchange)
+        sign_again(newest, exchange)
     elif name == "header":
         (path,) = newest.glob("*.safetensors")
         content = path.read_bytes()
         size = int.from_bytes(content[:8], "little")
         header = json.dumps(exchange(json.loads(content[8 : 8 + size]))).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
-        signed_anew(newest)
+        sign_again(newest)
     elif name == "skipped_data":
         line = json.loads((tmp_path / "run" / "skipped_data.jsonl").read_text())
         (tmp_path / "run" / "skipped_data.jsonl").write_text(json.dumps(exchange(line)) + "\n")
     else:
         path = tmp_path / "run" / "config.yaml"
         path.write_text(yaml.safe_dump(exchange(yaml.safe_load(path.read_text()))))
-    survives(tmp_path, resumes(tmp_path / "run", engine))
+    assert_read_ends_well(tmp_path, resume_read(tmp_path / "run", engine))
 
 
 @fuzz
-@given(damage=damages())
-def test_metrics_of_any_bytes_are_gone_on_with(
+@given(damage=byte_damages())
+def test_metrics_continue_after_damaged_bytes(
     damage: Callable[[bytes], bytes], saved: tuple[Path, Engine], tmp_path: Path
 ) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(damage((saved[0] / "metrics.jsonl").read_bytes() * 3))
-    gone_on_with(tmp_path)
+    assert_metrics_continue(tmp_path)
 
 
 @fuzz
-@given(exchange=exchanges(), name=st.sampled_from(["metrics", "starts"]))
-def test_metrics_of_any_values_are_gone_on_with(
+@given(exchange=value_exchanges(), name=st.sampled_from(["metrics", "starts"]))
+def test_metrics_continue_after_random_values(
     exchange: Callable[[Any], Any], name: str, saved: tuple[Path, Engine], tmp_path: Path
 ) -> None:
     for each in ("metrics", "starts"):
@@ -341,10 +345,10 @@ def test_metrics_of_any_values_are_gone_on_with(
         (tmp_path / f"{each}.jsonl").write_text(
             json.dumps(exchange(line) if each == name else line) + "\n"
         )
-    gone_on_with(tmp_path)
+    assert_metrics_continue(tmp_path)
 
 
-def gone_on_with(run: Path) -> None:
+def assert_metrics_continue(run: Path) -> None:
     store = CheckpointStore(run)
     store.supersede()
     metrics = Metrics(run, store, 2, 0.0)

@@ -1,8 +1,8 @@
-"""The templates of slurm/ on a real SLURM: several nodes, each with its own network and processes,
-that can be killed and unplugged.
+"""Tests of the templates in slurm/ on a real SLURM.
 
-Two traps are held by every job here: a rendezvous at 127.0.0.1 reaches no other node, and a
-launcher of its own on every node would train worlds of one.
+Each node has its own network and processes, and tests can kill or unplug it. Every job checks two
+traps: a rendezvous at 127.0.0.1 reaches no other node, and an independent launcher on every node
+trains a world of its own.
 """
 
 import json
@@ -23,7 +23,7 @@ from kantai.checkpoint.store import CheckpointStore
 from kantai.storage.atomic import verify
 from tests.helpers.commands import TINY, pretrain, script
 from tests.helpers.runs import assert_same_run, metrics
-from tests.helpers.slurm_cluster import Cluster, cluster_of
+from tests.helpers.slurm_cluster import Cluster, running_cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -33,7 +33,7 @@ PRETRAIN = ("slurm/pretrain.sbatch", "configs/quickstart.yaml")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster_of(tmp_path_factory.mktemp("slurm"), nodes=5) as cluster:
+    with running_cluster(tmp_path_factory.mktemp("slurm"), nodes=5) as cluster:
         yield cluster
 
 
@@ -44,8 +44,9 @@ def data_arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
 
 @contextmanager
 def frozen(cluster: Cluster, job: str, run: Path, steps: int) -> Iterator[None]:
-    """Rank 0 stopped once some steps are logged, and the others waiting for it: no machine is too
-    fast for what is to happen there.
+    """Stop rank 0 once the run has logged some steps, so that all ranks wait within the block.
+
+    No machine is then too fast for the test.
     """
     cluster.wait_until(lambda: steps_logged(run) >= steps, job=job, poll_seconds=0.005)
     found = [process for process in rank_0(run) if process.status() != psutil.STATUS_STOPPED]
@@ -65,7 +66,7 @@ def thaw(found: list[psutil.Process]) -> None:
 
 
 def processes(*words: str) -> list[psutil.Process]:
-    """Python programs on any node with some words in their command line."""
+    """Return the Python processes of all nodes that have these words in their command line."""
     return [
         process
         for process in psutil.process_iter(["name", "cmdline"])
@@ -75,18 +76,19 @@ def processes(*words: str) -> list[psutil.Process]:
 
 
 def rank_0(run: Path) -> list[psutil.Process]:
-    """The processes that write a run; one, but for stale ones."""
+    """Return the processes of rank 0 of a run: one, and stale ones of superseded starts."""
     found = []
     for process in processes(f"--run_dir={run}"):
-        with suppress(psutil.Error):  # it ended just now
+        with suppress(psutil.Error):  # the process may have ended meanwhile
             if process.environ().get("RANK") == "0":
                 found.append(process)
     return found
 
 
-def written(run: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of every file of a run. (What TensorBoard's writer had queued before may still
-    come out, into that start's own file.)
+def file_states(run: Path) -> dict[Path, tuple[int, int]]:
+    """Return size and time of every file of a run but TensorBoard's.
+
+    TensorBoard's writer may still write queued events into the file of its own start.
     """
     found = (path for path in run.rglob("*") if "tensorboard" not in path.parts)
     return {path: ((status := path.stat()).st_size, status.st_mtime_ns) for path in found}
@@ -97,37 +99,42 @@ def steps_logged(run: Path) -> int:
     return path.read_text().count('"train/loss"') if path.exists() else 0
 
 
-def said(output: str, what: str) -> list[float]:
-    """When the batch script said how far the run was and then ``what``, in whole seconds of Unix
-    time.
-    """
+def report_times(output: str, what: str) -> list[float]:
+    """Return the whole Unix seconds of the batch script's reports that end in ``what``."""
     times = re.findall(rf"^\[(.*?)\] step \d+ of \d+; {what}", output, re.MULTILINE)
     return [datetime.fromisoformat(at).timestamp() for at in times]
 
 
-def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
+def test_job_excludes_bad_nodes_and_matches_one_process(
     cluster: Cluster, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Of four nodes n2 has a full disk and other runs than the rest, n3 a wrong clock and n4 one
-    GPU too few: the job hands itself in again without them.
+    """Three of four nodes are bad, and the job submits itself again without them.
 
-    Then four ranks of DeepSpeed, whose own multi-node launcher trains one world a node and ends
-    with 0.
+    n2 has a full disk and another folder of runs, n3 has a wrong clock, n4 lacks a GPU. The second
+    job trains four DeepSpeed ranks. DeepSpeed's own multi-node launcher would train one world on
+    each node and exit with 0.
     """
     (faketime,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
-    nvidia_smi, inside = cluster.folder / "bin" / "nvidia-smi", cluster.folder / "inside"
+    nvidia_smi = cluster.folder / "bin" / "nvidia-smi"
     nvidia_smi.parent.mkdir()
-    good, bad = "580.1, H200, 143771, 1, 0", "580.1, A100, 81920, 9000, 0"
-    # The only thing here that is not real.
+    inside = cluster.folder / "inside"
+    good = "580.1, H200, 143771, 1, 0"
+    bad = "580.1, A100, 81920, 9000, 0"
+    # Only nvidia-smi is simulated here.
     nvidia_smi.write_text(
         f"#!/bin/sh\n[ $(hostname) = n4 ] && echo '{bad}' || printf '%s\\n' '{good}' '{good}'\n"
     )
     inside.write_text(
-        f'#!/bin/sh\n[ $(hostname) != n3 ] || export LD_PRELOAD={faketime} FAKETIME=-1h\nexec "$@"\n'
+        "#!/bin/sh\n"
+        f"[ $(hostname) != n3 ] || export LD_PRELOAD={faketime} FAKETIME=-1h\n"
+        'exec "$@"\n'
     )
     for program in (nvidia_smi, inside):
         program.chmod(0o755)
-    site = f"PATH={nvidia_smi.parent}:$PATH CONTAINER=({inside}) PREFLIGHT=yes MIN_NODES=2 RANKS_PER_NODE=2"
+    site = (
+        f"PATH={nvidia_smi.parent}:$PATH CONTAINER=({inside}) PREFLIGHT=yes "
+        "MIN_NODES=2 RANKS_PER_NODE=2"
+    )
 
     how = [*data_arguments, *NO_DROPOUT, "--training.max_steps=6"]
     for folder, size in ((cluster.scratch, "1m"), (tmp_path, "1g")):
@@ -136,7 +143,7 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
         job = cluster.sbatch(
             "--nodes=4", *PRETRAIN, "zero2", *how, f"--run_dir={tmp_path / 'run'}", site=site
         )
-        assert cluster.wait(job)["JobState"] == "FAILED"  # its successor goes on
+        assert cluster.wait(job)["JobState"] == "FAILED"  # the second job continues
     finally:
         for folder in (cluster.scratch, tmp_path):
             cluster.admin("onnode", "n2", "umount", folder)
@@ -144,9 +151,8 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     verdicts = dict(re.findall(r"^(n\d) .*GiB/s  (.*)$", printed, re.MULTILINE))
     (seconds,) = re.findall("^clock is (.*) s off$", verdicts.pop("n3"))
     assert float(seconds) == pytest.approx(-3600, abs=60), printed
-    assert (
-        verdicts.pop("n2")
-        == f"{cluster.scratch}: No space left on device; {tmp_path} is a different folder on this node"
+    assert verdicts.pop("n2") == (
+        f"{cluster.scratch}: No space left on device; {tmp_path} is a different folder on this node"
     ), printed
     lacks = (
         "9000 MiB of GPU 0 are in use; 1 of 2 GPUs; GPU A100 of 81920 MiB, not H200 of 143771 MiB"
@@ -167,15 +173,16 @@ def test_bad_nodes_are_left_out_and_two_nodes_train_as_one_process_does(
     assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
-def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
+def test_timed_out_and_preempted_job_gives_same_bits(
     cluster: Cluster, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    steps = 120  # more than a fast machine does before it is frozen
-    run, how = tmp_path / "run", [*data_arguments, f"--training.max_steps={steps}"]
+    steps = 120  # more steps than a fast machine does before it is frozen
+    run = tmp_path / "run"
+    how = [*data_arguments, f"--training.max_steps={steps}"]
     pretrain("cpu", *how, f"--run_dir={tmp_path / 'straight'}")
     start = time.time()
-    # SLURM looks every 30 seconds, and signals that much earlier: 10 to 40 seconds after the start.
-    # What comes with the start may be lost.
+    # SLURM checks time limits every 30 seconds and may signal that much earlier: 10 to 40 seconds
+    # after the start. A signal that comes with the start may be lost.
     options = (
         "--nodes=3",
         "--time=1",
@@ -183,25 +190,24 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
         "--gpus=6",
         "--export=KANTAI_SITE,SLURM_TIME_FORMAT=relative",
     )
-    site = "RANKS_PER_NODE=1 USE_NODES=2 SLURM_JOB_END_TIME=9999999999"  # ranks that know it would stop before the signal on a slow machine
+    # On a slow machine, ranks that knew the real end time would stop before the signal.
+    site = "RANKS_PER_NODE=1 USE_NODES=2 SLURM_JOB_END_TIME=9999999999"
     job = cluster.sbatch(*options, *PRETRAIN, "cpu", *how, f"--run_dir={run}", site=site)
 
     def restarts(at_least: int) -> bool:
         return int(cluster.job(job)["Restarts"]) >= at_least
 
     for number in (1, 2):
-        with frozen(
-            cluster, job, run, steps_logged(run) + 1
-        ):  # until SLURM sends the signal before the limit
+        # The run stays frozen until SLURM sends the signal before the limit.
+        with frozen(cluster, job, run, steps_logged(run) + 1):
             cluster.wait_until(
                 lambda count=number: cluster.output(job).count("asked to stop: passing") >= count,
                 job=job,
             )
         cluster.wait_until(lambda count=number: restarts(count), job=job)
         assert not list(cluster.scratch.glob("kantai-*"))
-    with frozen(
-        cluster, job, run, steps_logged(run) + 1
-    ):  # a job that goes before ours wants the nodes: SIGTERM to all ranks
+    # A job of higher priority wants the nodes: SLURM sends SIGTERM to all ranks.
+    with frozen(cluster, job, run, steps_logged(run) + 1):
         cluster.run(
             "sbatch",
             "--partition=urgent",
@@ -213,9 +219,8 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
         cluster.wait_until(lambda: cluster.job(job)["PreemptTime"] != "None", job=job)
     cluster.wait_until(lambda: restarts(3), job=job)
     cluster.wait(job, {"PENDING", "RUNNING"})
-    cluster.run(
-        "scontrol", "update", f"jobid={job}", "timelimit=10"
-    )  # a busy machine would need several minutes more
+    # A busy machine may need several minutes more.
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.all_logs()
     for name in ("train/loss", "train/grad_norm", "held_out/loss"):
         assert metrics(run, name) == metrics(tmp_path / "straight", name)
@@ -225,34 +230,35 @@ def test_out_of_time_and_preempted_gives_the_same_bits_as_undisturbed(
     ]
     allocated = sum(metrics(run, "speed/step_seconds")) / metrics(run, "speed/goodput")[-1]
     assert allocated < time.time() - start
-    # From each start of the job on, not of its processes, which the batch script starts when it has
-    # said so; until its last record, which is lost where a start was ended before it could save,
-    # but is not from after the launchers' end.
+
+    # Allocated time begins with each start of the job, before the batch script starts its
+    # processes. It ends with the start's last record, or at the launchers' end where the start
+    # could not save that record.
     began = [json.loads(line)["began"] for line in (run / "starts.jsonl").read_text().splitlines()]
     assert all(
-        since <= at for since, at in zip(began, said(cluster.output(job), "nodes"), strict=True)
+        since <= at
+        for since, at in zip(began, report_times(cluster.output(job), "nodes"), strict=True)
     )
     kept = [json.loads(line)["time"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    launchers_ended = said(cluster.output(job), "the launchers ended")
+    launchers_ended = report_times(cluster.output(job), "the launchers ended")
     least = most = 0.0
     for since, until in pairwise([*began, time.time()]):
         least += max(since, *(at for at in kept if at <= until)) - since
         most += min(until, *(at + 1 for at in launchers_ended if since <= at)) - since
     assert least - 1 <= allocated <= most + 1
-    ours, theirs = (
-        verify(CheckpointStore(folder).path(steps)) for folder in (run, tmp_path / "straight")
-    )
-    assert ours["files"] == theirs["files"]
+
+    ours = verify(CheckpointStore(run).path(steps))
+    straight = verify(CheckpointStore(tmp_path / "straight").path(steps))
+    assert ours["files"] == straight["files"]
 
 
-def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
+def test_tokenization_array_survives_two_killed_parts(
     cluster: Cluster, corpus_file: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    """The merge is submitted by the array itself, once, waits for the parts' second starts, and
-    gives what one process gives.
+    """The array submits one merge, which waits for the second starts of the killed parts.
 
-    Part 0 submits it, and part 2 has the array's own job id: requeued by that, the whole array
-    would start anew.
+    The shards equal those of one process. Part 0 submits the merge. Part 2 has the job id of the
+    array: a requeue by that id would start the whole array again.
     """
     text = corpus_file.read_text().split("\n\n")
     for number in range(4):
@@ -292,28 +298,32 @@ def test_a_corpus_is_tokenized_in_parts_two_of_which_are_killed(
     cluster.wait_until(kill_parts, poll_seconds=0.005)
     queue = ("squeue", "--noheader", "--states=all", "--name=tokenize-merge", "--format=%A")
     cluster.wait_until(lambda: bool(cluster.run(*queue)))
-    merge = cluster.run(*queue).strip()  # it fails where it does not wait for what is missing
+    merge = cluster.run(*queue).strip()  # a merge that does not wait for all parts fails
     script("tokenize_corpus", *how, "--output", tmp_path / "one")
     done = cluster.wait(merge)
     assert done["JobState"] == "COMPLETED", cluster.all_logs()
     assert [cluster.job(f"{job}_{part}")["Restarts"] for part in range(3)] == ["1", "0", "1"]
-    ours, theirs = (verify(tmp_path / name) for name in ("array", "one"))
-    assert ours["splits"] == theirs["splits"]
-    assert ours["files"] == theirs["files"]
+
+    ours = verify(tmp_path / "array")
+    one = verify(tmp_path / "one")
+    assert ours["splits"] == one["splits"]
+    assert ours["files"] == one["files"]
 
 
-def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_path: Path) -> None:
-    """With --nodes=1-2 the job goes on with one node. Unplugged, that one trains on beside the
-    job's third start, and must not write.
+def test_job_survives_killed_and_unplugged_nodes(data_arguments: list[str], tmp_path: Path) -> None:
+    """With --nodes=1-2 the job continues on one node after the other is killed.
+
+    Then that node is unplugged. Its ranks keep training while the job's third start runs, and must
+    not write.
     """
-    run, how = (
-        tmp_path / "run",
-        [*data_arguments, *NO_DROPOUT, "--training.max_steps=300", "--checkpoint.every_steps=10"],
-    )
-    with cluster_of(tmp_path / "slurm", nodes=3) as cluster:
+    run = tmp_path / "run"
+    length = ["--training.max_steps=300", "--checkpoint.every_steps=10"]
+    how = [*data_arguments, *NO_DROPOUT, *length]
+    with running_cluster(tmp_path / "slurm", nodes=3) as cluster:
 
         def runs_on(nodes: str) -> bool:
-            return (now := cluster.job(job))["JobState"] == "RUNNING" and now["NodeList"] == nodes
+            now = cluster.job(job)
+            return now["JobState"] == "RUNNING" and now["NodeList"] == nodes
 
         cluster.admin("killnode", "n3")
         cluster.set_down("n3")
@@ -332,12 +342,12 @@ def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_p
             cluster.set_down("n1")
             cluster.wait_until(lambda: runs_on("n3"), job=job)
             with frozen(cluster, job, run, steps_logged(run) + 1):
-                before = written(run)
+                before = file_states(run)
                 thaw(stale)
                 cluster.wait_until(
                     lambda: not any(process.is_running() for process in stale), job=job
                 )
-                assert written(run) == before
+                assert file_states(run) == before
         assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.all_logs()
     pretrain(None, *how, f"--run_dir={tmp_path / 'one'}")
     assert metrics(run, "train/loss") == pytest.approx(
@@ -348,8 +358,8 @@ def test_a_node_is_killed_and_another_unplugged(data_arguments: list[str], tmp_p
 
 
 @pytest.fixture
-def no_training(tmp_path: Path) -> str:
-    """A site where ``accelerate`` says how it was called, and fails on node n7."""
+def fake_launcher_site(tmp_path: Path) -> str:
+    """Return a site whose ``accelerate`` prints its arguments, and fails on node n7."""
     program = tmp_path / "bin" / "accelerate"
     program.parent.mkdir()
     program.write_text(
@@ -367,17 +377,17 @@ def no_training(tmp_path: Path) -> str:
     return f"PATH={program.parent}:$PATH RANKS_PER_NODE=2 MAX_FRUITLESS=1 SLURM_WAIT=300"
 
 
-def test_sixty_four_nodes_know_their_places_and_a_run_that_comes_to_nothing_is_given_up(
-    no_training: str, data_arguments: list[str], tmp_path: Path
+def test_64_nodes_get_ranks_and_fruitless_job_gives_up(
+    fake_launcher_site: str, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    with cluster_of(tmp_path / "slurm", nodes=64) as cluster:
+    with running_cluster(tmp_path / "slurm", nodes=64) as cluster:
         job = cluster.sbatch(
             "--nodes=64",
             *PRETRAIN,
             "zero2",
             *data_arguments,
             f"--run_dir={tmp_path / 'run'}",
-            site=no_training,
+            site=fake_launcher_site,
         )
         ended = cluster.wait(job)
         assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
@@ -415,12 +425,12 @@ def test_sixty_four_nodes_know_their_places_and_a_run_that_comes_to_nothing_is_g
         assert not list(cluster.scratch.glob("kantai-*"))
 
 
-def test_a_chain_stops_when_it_comes_to_nothing_and_bad_input_is_not_tried_again(
-    cluster: Cluster, no_training: str, data_arguments: list[str], tmp_path: Path
+def test_fruitless_chain_and_bad_input_are_not_retried(
+    cluster: Cluster, fake_launcher_site: str, data_arguments: list[str], tmp_path: Path
 ) -> None:
     how = (*PRETRAIN, "cpu", *data_arguments, f"--run_dir={tmp_path / 'run'}")
-    chain = cluster.sbatch("--no-requeue", "--array=1-3%1", *how, site=no_training)
-    wrong = cluster.sbatch(*how, "--data.seqlen=64", site=no_training)
+    chain = cluster.sbatch("--no-requeue", "--array=1-3%1", *how, site=fake_launcher_site)
+    wrong = cluster.sbatch(*how, "--data.seqlen=64", site=fake_launcher_site)
     assert cluster.wait(wrong)["ExitCode"] == "2:0"
     assert "unknown key 'data.seqlen'" in cluster.output(wrong)
     links = [cluster.wait(f"{chain}_{number}") for number in (1, 2, 3)]
@@ -429,11 +439,13 @@ def test_a_chain_stops_when_it_comes_to_nothing_and_bad_input_is_not_tried_again
     assert all(before["EndTime"] <= after["StartTime"] for before, after in pairwise(links))
 
 
-def test_a_chain_goes_on_without_a_bad_node_and_no_answer_and_no_space_end_a_link(
-    cluster: Cluster, no_training: str, data_arguments: list[str], tmp_path: Path
+def test_chain_excludes_bad_node_and_ends_failed_links(
+    cluster: Cluster, fake_launcher_site: str, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """The first link's node has no GPUs for the driver, the second's programs say nothing, and the
-    third has no room to count its starts.
+    """Each link of the chain fails in its own way.
+
+    The node of the first link has no GPUs, the programs of the second print nothing, and the third
+    cannot write its count of starts.
     """
     breakages = """
         case $SLURM_ARRAY_TASK_ID in
@@ -448,7 +460,7 @@ def test_a_chain_goes_on_without_a_bad_node_and_no_answer_and_no_space_end_a_lin
         "cpu",
         *data_arguments,
         f"--run_dir={tmp_path / 'run'}",
-        site=no_training + breakages,
+        site=fake_launcher_site + breakages,
     )
     links = [cluster.wait(f"{chain}_{number}") for number in (1, 2, 3)]
     assert [link["ExitCode"] for link in links] == ["75:0", "75:0", "1:0"], cluster.all_logs()

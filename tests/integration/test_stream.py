@@ -1,5 +1,6 @@
-"""What the model is shown: one stream of samples and masks, whoever reads it, in however many
-pieces, from wherever.
+"""Test that rows and masks are one stream.
+
+The stream does not depend on world, micro-batch, worker count, resumes or shard location.
 """
 
 import hashlib
@@ -21,12 +22,12 @@ from tests.helpers.commands import CONFIG
 pytestmark = pytest.mark.slow
 
 STEPS = 200
-RESUMED_AT = (0, 57, 131)  # the first resume at the end of a stage
+RESUMED_AT = (0, 57, 131)  # the first resume is at the end of a stage
 
 
 @pytest.fixture(scope="module")
 def config(many_shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Config]:
-    """Two stages, windows of a few shards, and more steps than an epoch has."""
+    """Return a loader of configs with two stages, small windows, and more than one epoch."""
 
     def load(*changes: str) -> Config:
         settings = [
@@ -48,12 +49,12 @@ def config(many_shards_dir: Path, tokenizer_dir: Path) -> Callable[..., Config]:
 
 
 def hash_of_run(data: Data, world_size: int, workers: int, starts: tuple[int, ...]) -> str:
-    """The hash of what all ranks are given by a run's own loader, started again at some steps."""
+    """Hash the batches that a run's loader gives all ranks; it restarts at each of ``starts``."""
     batches = data.training_batches(world_size)
     dealt: list[list[list[Batch]]] = [[] for _ in range(STEPS)]  # by step, rank, micro-step
     for first, stop in itertools.pairwise([*starts, STEPS]):
         ranks = [stream(batches, rank, first, STEPS, workers) for rank in range(world_size)]
-        # A run that is interrupted has had more prepared than it did.
+        # An interrupted run has prepared more steps than it has done.
         for of_ranks in itertools.islice(zip(*ranks, strict=True), stop - first):
             dealt[of_ranks[0][0]] = [
                 [micro_batch.batch for micro_batch in found] for _, found, _ in of_ranks
@@ -69,7 +70,7 @@ def hash_of_run(data: Data, world_size: int, workers: int, starts: tuple[int, ..
     return digest.hexdigest()
 
 
-# (in other shards' place, micro-batch, world, starts)
+# (are shards remote, micro-batch, world size, starts)
 Case = tuple[bool, int, int, tuple[int, ...]]
 CASES: list[Case] = list(
     itertools.product((False, True), (4, 24), (1, 2, 3, 5, 8), ((0,), RESUMED_AT))
@@ -82,20 +83,21 @@ CASES: list[Case] = list(
     [(0, CASES), (1, [(True, 24, 3, RESUMED_AT)]), (4, [(True, 4, 2, RESUMED_AT)])],
     ids=["0", "1", "4"],
 )
-def test_one_stream_for_every_world_micro_batch_worker_count_resume_and_place(
+def test_stream_is_same_on_every_world_and_resume(
     workers: int,
     cases: list[Case],
     config: Callable[..., Config],
     many_shards_dir: Path,
     tmp_path: Path,
 ) -> None:
-    """All of them where there are no loader's processes; these change who makes a batch, and one
-    case each shows that nothing else does.
+    """All cases run without loader processes.
+
+    Loader processes only move the making of a batch, so that one case for each count is enough.
     """
     remote = fsspec.filesystem("memory")
     remote.put(str(many_shards_dir), f"/shards-{workers}", recursive=True)
     largest = max(path.stat().st_size for path in many_shards_dir.glob("*.arrow"))
-    # A cache that holds some shards and not all: they are evicted and fetched again throughout.
+    # The cache holds some of the shards, so that it evicts and fetches throughout.
     elsewhere = [
         f"--data.shards=memory://shards-{workers}",
         f"--data.cache_dir={tmp_path}",

@@ -1,8 +1,7 @@
-"""One run, whatever it runs on and whatever happens to it: real launchers, real gloo ranks, real
-kills.
+"""Tests of training runs with real launchers, real gloo ranks and real kills.
 
-Runs that only have to end are done several in one launch, by the fixtures ``alone`` and
-``together``; what is killed, hangs or is refused has its own.
+The fixtures ``one_process_runs`` and ``two_rank_runs`` do all runs that end normally, several in
+one launch. A run that is killed, hangs or is refused has a launch of its own.
 """
 
 import contextlib
@@ -33,10 +32,11 @@ from tests.helpers.commands import (
     launch_command,
     pretrain,
     pretrain_command,
+    run_jobs,
     run_program,
-    several,
     wait_until,
 )
+from tests.helpers.files import file_contents
 from tests.helpers.runs import assert_same_run, metrics
 
 pytestmark = pytest.mark.slow
@@ -48,10 +48,8 @@ PACKINGS = ("isolated", "contiguous")
 
 
 @dataclass(frozen=True)
-class Done:
-    """Runs that were done in one launch, by name; what each printed, and which files it asked a
-    server for.
-    """
+class FinishedRuns:
+    """Runs of one launch by name, with the output of each and the files it requested by HTTP."""
 
     folder: Path
     printed: dict[str, str]
@@ -61,15 +59,15 @@ class Done:
         return self.folder / name
 
 
-def done(
+def do_runs(
     launcher: str | None,
     folder: Path,
     jobs: list[dict[str, Any]],
     asked: dict[str, list[str]] | None = None,
-) -> Done:
+) -> FinishedRuns:
     names = [Path(each["run_dir"]).name for each in jobs]
-    return Done(
-        folder, dict(zip(names, several(launcher, 2, folder, jobs), strict=True)), asked or {}
+    return FinishedRuns(
+        folder, dict(zip(names, run_jobs(launcher, 2, folder, jobs), strict=True)), asked or {}
     )
 
 
@@ -84,15 +82,15 @@ def data_arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def how(data_arguments: list[str]) -> list[str]:
+def run_arguments(data_arguments: list[str]) -> list[str]:
     return ["--config=configs/quickstart.yaml", *TINY, *data_arguments]
 
 
 @pytest.fixture(scope="module")
-def by_packing(how: list[str], many_shards_dir: Path) -> dict[str, list[str]]:
-    """Settings for many shards, of which a window holds a few."""
+def arguments_by_packing(run_arguments: list[str], many_shards_dir: Path) -> dict[str, list[str]]:
+    """Return arguments for many shards and a shuffle window of four, by packing."""
     settings = [
-        *how,
+        *run_arguments,
         *NO_DROPOUT,
         "--masking.unit=word",
         "--data.shuffle_window=4",
@@ -102,16 +100,16 @@ def by_packing(how: list[str], many_shards_dir: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(
-    how: list[str], by_packing: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Done:
-    """Runs of one process, without a launcher."""
+def one_process_runs(
+    run_arguments: list[str],
+    arguments_by_packing: dict[str, list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> FinishedRuns:
+    """Do runs of one process without a launcher."""
     folder = tmp_path_factory.mktemp("alone")
-    whole, reference = (
-        [*how, *NO_DROPOUT, "--batch.micro_batch_size=10", "--checkpoint.keep=9"],
-        folder / "reference",
-    )
-    return done(
+    reference = folder / "reference"
+    whole = [*run_arguments, *NO_DROPOUT, "--batch.micro_batch_size=10", "--checkpoint.keep=9"]
+    return do_runs(
         None,
         folder,
         [
@@ -119,71 +117,76 @@ def alone(
             job(folder / "workers", *whole, "--data.workers=3"),
             job(folder / "finished", *whole, source=reference, until=STEPS),
             job(folder / "damaged", *whole, source=reference, until=STEPS, damaged=STEPS),
-            job(folder / "staged", *how, *STAGED),
-            *(job(folder / packing, *settings) for packing, settings in by_packing.items()),
+            job(folder / "staged", *run_arguments, *STAGED),
+            *(
+                job(folder / packing, *settings)
+                for packing, settings in arguments_by_packing.items()
+            ),
         ],
     )
 
 
 @pytest.fixture(scope="module")
-def flipped(
-    how: list[str], tmp_path_factory: pytest.TempPathFactory
+def flipped_run(
+    run_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of three ranks, in the weights of one of which a bit changes."""
+    """Do a run of three ranks where a bit flips in the weights of the last rank."""
     folder = tmp_path_factory.mktemp("flipped") / "flipped"
-    arguments = [*how, "--failures.compare_replicas_every=100", f"--run_dir={folder}"]
+    arguments = [*run_arguments, "--failures.compare_replicas_every=100", f"--run_dir={folder}"]
     return folder, run_program(
         launch_command("cpu", 3, "tests/helpers/faults.py", "flipped_bit", "pretrain", *arguments)
     )
 
 
 @pytest.fixture(scope="module")
-def together(
-    how: list[str],
-    by_packing: dict[str, list[str]],
-    flipped: tuple[Path, object],
+def two_rank_runs(
+    run_arguments: list[str],
+    arguments_by_packing: dict[str, list[str]],
+    flipped_run: tuple[Path, object],
     many_shards_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Done:
-    """Runs of two ranks."""
-    folder, asked = (
-        tmp_path_factory.mktemp("together"),
-        {packing: list[str]() for packing in PACKINGS},
-    )
-    bad = [*how, "--training.max_steps=12", "--checkpoint.keep=9"]
-    shutil.copytree(flipped[0], folder / "flipped")
+) -> FinishedRuns:
+    """Do runs of two ranks."""
+    folder = tmp_path_factory.mktemp("together")
+    asked = {packing: list[str]() for packing in PACKINGS}
+    bad = [*run_arguments, "--training.max_steps=12", "--checkpoint.keep=9"]
+    shutil.copytree(flipped_run[0], folder / "flipped")
     with contextlib.ExitStack() as servers:
+        urls = {
+            packing: servers.enter_context(serve_folder(many_shards_dir, asked[packing]))
+            for packing in arguments_by_packing
+        }
         remote = {
             packing: [
                 *settings,
-                f"--data.shards={servers.enter_context(served(many_shards_dir, asked[packing]))}",
+                f"--data.shards={urls[packing]}",
                 f"--data.cache_dir={folder / f'cache-{packing}'}",
                 "--data.workers=2",
             ]
-            for packing, settings in by_packing.items()
+            for packing, settings in arguments_by_packing.items()
         }
         jobs = [
-            job(folder / "straight", *how),
-            job(folder / "flipped", *how, "--failures.compare_replicas_every=100"),
-            job(folder / "bad", *bad, poisoned=[5, 6, 7, 9, 10, 11]),
+            job(folder / "straight", *run_arguments),
+            job(folder / "flipped", *run_arguments, "--failures.compare_replicas_every=100"),
+            job(folder / "bad", *bad, nan_calls=[5, 6, 7, 9, 10, 11]),
             job(folder / "replayed", *bad, source=folder / "bad", until=2),
-            job(folder / "one_rank", *how, fault="bad_gradient"),
-            job(folder / "stopped", *how, fault="bad_gradient_and_stop", code=75),
+            job(folder / "one_rank", *run_arguments, fault="bad_gradient"),
+            job(folder / "stopped", *run_arguments, fault="bad_gradient_and_stop", code=75),
             job(
                 folder / "exploded",
-                *how,
+                *run_arguments,
                 "--training.max_steps=106",
                 "--checkpoint.every_steps=50",
                 fault="exploding_loss",
             ),
             *(job(folder / packing, *settings) for packing, settings in remote.items()),
         ]
-        return done("cpu", folder, jobs, asked)
+        return do_runs("cpu", folder, jobs, asked)
 
 
 @contextlib.contextmanager
-def served(folder: Path, asked: list[str]) -> Iterator[str]:
-    """A folder behind a URL of this machine; the names of the files that are asked for are noted."""
+def serve_folder(folder: Path, asked: list[str]) -> Iterator[str]:
+    """Serve a folder by HTTP on this machine; append each requested file name to ``asked``."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -203,35 +206,43 @@ def served(folder: Path, asked: list[str]) -> Iterator[str]:
         thread.join()
 
 
-def test_compiled_a_run_is_the_same_and_each_stage_has_code_for_its_own_sizes(
-    alone: Done, data_arguments: list[str], tmp_path: Path
+def test_compiled_run_matches_and_has_static_shapes(
+    one_process_runs: FinishedRuns, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Code for sizes that vary would be slower; PyTorch makes it when it sees a second size."""
+    """PyTorch compiles slower code for varying sizes when it sees a second size."""
     command = pretrain_command(
         None, *data_arguments, *STAGED, "--training.compile=true", f"--run_dir={tmp_path / 'run'}"
     )
     done = run_program(command, code=0, TORCH_LOGS="dynamic")
-    assert_same_run(tmp_path / "run", alone["staged"], norm=1e-4)
-    assert "create_env" in done.stderr  # of each piece of code
-    assert "create_symbol" not in done.stderr  # of each size that may vary
+    assert_same_run(tmp_path / "run", one_process_runs["staged"], norm=1e-4)
+    assert "create_env" in done.stderr  # logged for each compiled graph
+    assert "create_symbol" not in done.stderr  # logged for each varying size
 
 
-def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(
-    together: Done, how: list[str], data_arguments: list[str], tmp_path: Path
+def test_killed_run_resumes_to_the_same_bits(
+    two_rank_runs: FinishedRuns, run_arguments: list[str], data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """With dropout, two ranks, SIGKILL of launcher and ranks at several moments, in a save among
-    them.
+    """SIGKILL ends a launcher and its two ranks at three moments, one of them within a save.
+
+    The run has dropout.
     """
-    straight, killed = together["straight"], tmp_path / "killed"
+    straight = two_rank_runs["straight"]
+    killed = tmp_path / "killed"
     checkpoints = killed / "checkpoints"
     plain = pretrain_command("cpu", *data_arguments, f"--run_dir={killed}")
     in_a_save = launch_command(
-        "cpu", 2, "tests/helpers/faults.py", "endless_save", "pretrain", *how, f"--run_dir={killed}"
+        "cpu",
+        2,
+        "tests/helpers/faults.py",
+        "endless_save",
+        "pretrain",
+        *run_arguments,
+        f"--run_dir={killed}",
     )
     moments = [
         (plain, (killed / "metrics.jsonl").exists),  # before the first checkpoint
         (in_a_save, lambda: any(checkpoints.glob(".attempt-*/step-*/state-*"))),
-        (plain, (checkpoints / "step-00000004").exists),  # just after one
+        (plain, (checkpoints / "step-00000004").exists),  # just after a checkpoint
     ]
     start = time.time()
     for command, moment in moments:
@@ -239,11 +250,14 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(
         wait_until(moment, program, poll_seconds=0.001)
         program.kill_all()
     pretrain("cpu", *data_arguments, f"--run_dir={killed}")
+
     for name in ("train/loss", "train/grad_norm", "held_out/loss"):
         assert metrics(killed, name) == metrics(straight, name)
-    before, after = CheckpointStore(straight).path(STEPS), CheckpointStore(killed).path(STEPS)
-    assert verify(before)["files"] == verify(after)["files"]
+    straight_checkpoint = CheckpointStore(straight).path(STEPS)
+    killed_checkpoint = CheckpointStore(killed).path(STEPS)
+    assert verify(straight_checkpoint)["files"] == verify(killed_checkpoint)["files"]
     assert len(CheckpointStore(killed).steps()) == 3
+
     allocated = sum(metrics(killed, "speed/step_seconds")) / metrics(killed, "speed/goodput")[-1]
     starts = [json.loads(line) for line in (killed / "starts.jsonl").read_text().splitlines()]
     before_each = [start["seconds_before"] for start in starts]
@@ -253,10 +267,10 @@ def test_killed_anywhere_and_started_again_is_the_same_to_the_last_bit(
 
 
 @contextlib.contextmanager
-def endless(
+def endless_run(
     launcher: str | None, run: Path, *arguments: str, **environment: str
 ) -> Iterator[Program]:
-    """A run without an end that has done its first step."""
+    """Yield a run of 100,000 steps that has done its first step; kill it afterwards."""
     long = [
         "--training.max_steps=100000",
         "--checkpoint.every_steps=100000",
@@ -273,22 +287,20 @@ def endless(
         program.kill_all()
 
 
-def test_sigterm_to_the_launcher_saves_and_the_run_goes_on(
-    data_arguments: list[str], tmp_path: Path
-) -> None:
-    """The launcher sends it to every process of a rank, to those that load its data, too."""
+def test_sigterm_to_launcher_saves_the_run(data_arguments: list[str], tmp_path: Path) -> None:
+    """The launcher passes SIGTERM to all processes of a rank, including its loader processes."""
     run = tmp_path / "run"
-    with endless("cpu", run, *data_arguments, "--data.workers=2") as program:
+    with endless_run("cpu", run, *data_arguments, "--data.workers=2") as program:
         program.terminate()
-        program.ended()
+        program.wait_for_end()
     (saved,) = CheckpointStore(run).steps()
     assert f"asked to stop (SIGTERM came): saved step {saved}" in program.out
     assert len(metrics(run, "train/loss")) == saved
 
 
 def assert_stopped(program: Program, run: Path) -> None:
-    """It has saved, and says so by its exit code."""
-    assert program.ended() == 75
+    """Fail unless the run has saved its last step and exited with code 75."""
+    assert program.wait_for_end() == 75
     saved = CheckpointStore(run).steps()[-1]
     assert f"saved step {saved} of 100000; the same command goes on" in program.out
     assert len(metrics(run, "train/loss")) == saved
@@ -296,15 +308,15 @@ def assert_stopped(program: Program, run: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["file", "end of the job"])
-def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(
+def test_stop_request_saves_and_exits_with_75(
     how: str, data_arguments: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    # It stops half a minute before, or at its first step if that comes later.
+    # The run stops 30 seconds before the job's end, or at its first step if that is later.
     environment = (
         {"SLURM_JOB_END_TIME": str(int(time.time()) + 40)} if how == "end of the job" else {}
     )
-    with endless(None, run, *data_arguments, **environment) as program:
+    with endless_run(None, run, *data_arguments, **environment) as program:
         if how == "file":
             (run / "SAVE").touch()
             wait_until(lambda: CheckpointStore(run).steps(), program)
@@ -313,16 +325,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(
         assert_stopped(program, run)
 
 
-def test_a_run_that_was_taken_over_writes_nothing_more(
+def test_superseded_run_ends_without_a_checkpoint(
     data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Two starts of one run at once, as after a node was cut off; the later one stops at a signal."""
+    """Two starts of one run overlap, as after a network failure; a signal stops the later one."""
     run = tmp_path / "run"
     with (
-        endless(None, run, *data_arguments) as first,
-        endless(None, run, *data_arguments) as second,
+        endless_run(None, run, *data_arguments) as first,
+        endless_run(None, run, *data_arguments) as second,
     ):
-        assert first.ended() == 2
+        assert first.wait_for_end() == 2
         assert "has been superseded by a later start of the run: this one ends" in first.err
         second.send_signal(signal.SIGUSR1)
         assert_stopped(second, run)
@@ -339,19 +351,17 @@ def ranks_of(program: Program) -> list[psutil.Process]:
 
 
 def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether a signal has been sent and has not reached any of a process's threads."""
+    """Return whether a sent signal has not yet reached a thread of the process."""
     masks = re.findall(
         r"^S(?:ig|hd)Pnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE
     )
     return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
-def test_a_second_signal_ends_at_once_and_harms_nothing(
-    data_arguments: list[str], tmp_path: Path
-) -> None:
-    """Also while the rank waits for another one that hangs: then the first can do nothing."""
+def test_second_signal_ends_waiting_rank_at_once(data_arguments: list[str], tmp_path: Path) -> None:
+    """The rank waits for another rank that hangs, so that the first signal has no effect."""
     run = tmp_path / "run"
-    with endless("cpu", run, *data_arguments) as program:
+    with endless_run("cpu", run, *data_arguments) as program:
         first, other = ranks_of(program)
         other.suspend()
         first.send_signal(signal.SIGINT)
@@ -361,31 +371,30 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
         first.send_signal(signal.SIGINT)
         wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE)
         other.kill()
-        program.ended()
+        program.wait_for_end()
     assert "asked to stop again: ending at once" in program.err
     for step in CheckpointStore(run).steps():
         verify(CheckpointStore(run).path(step))
 
 
-def test_a_rank_that_dies_ends_all(data_arguments: list[str], tmp_path: Path) -> None:
-    with endless("cpu", tmp_path / "run", *data_arguments) as program:
+def test_dead_rank_ends_all_ranks(data_arguments: list[str], tmp_path: Path) -> None:
+    with endless_run("cpu", tmp_path / "run", *data_arguments) as program:
         ranks = ranks_of(program)
         ranks[-1].kill()
-        assert program.ended() != 0
+        assert program.wait_for_end() != 0
     said = program.out + program.err
     assert "Signal 9" in said and "Connection closed" not in said
-    assert (
-        "forcefully" not in said
-    )  # as the launcher does with those that do not end within half a minute
+    # The launcher kills forcefully what does not end within 30 seconds.
+    assert "forcefully" not in said
     assert not any(rank.is_running() for rank in ranks)
 
 
-def test_a_rank_that_hangs_ends_all_and_every_rank_says_where_it_was(
-    how: list[str], tmp_path: Path
+def test_hanging_rank_ends_run_with_stacks_of_all_ranks(
+    run_arguments: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    # Long enough for a rank to wait for the other at the start, on a machine with much else to do.
-    arguments = [*how, "--failures.hang_seconds=30", f"--run_dir={folder}"]
+    # 30 seconds cover the time that one rank waits for the other at the start on a busy machine.
+    arguments = [*run_arguments, "--failures.hang_seconds=30", f"--run_dir={folder}"]
     assert (
         run_program(
             launch_command(
@@ -398,61 +407,66 @@ def test_a_rank_that_hangs_ends_all_and_every_rank_says_where_it_was(
     assert "in sum_over_ranks" in stacks[0] and "in hanging" in stacks[1], stacks
 
 
-def test_bad_numbers_are_skipped_rolled_back_and_passed_over_in_a_way_that_replays(
-    together: Done,
+def test_rolled_back_run_replays_to_the_same_bits(
+    two_rank_runs: FinishedRuns,
 ) -> None:
-    """Three NaNs in a row on one of two ranks, then the same again; a run that knows what to skip
-    has the same bits without them.
+    """One of two ranks has three NaNs in a row, twice. The run rolls back and skips their data.
+
+    A second run that starts with the record of skipped data gives the same bits without the NaNs.
     """
-    assert together.printed["bad"].count("back to step 4; the data of steps 4 to 7 is skipped") == 2
+    assert (
+        two_rank_runs.printed["bad"].count("back to step 4; the data of steps 4 to 7 is skipped")
+        == 2
+    )
     windows = [
         json.loads(line)
-        for line in (together["bad"] / "skipped_data.jsonl").read_text().splitlines()
+        for line in (two_rank_runs["bad"] / "skipped_data.jsonl").read_text().splitlines()
     ]
     assert windows == [{"from_step": 4, "first": first, "stop": first + 4} for first in (4, 8)]
     assert (
-        "12 steps, 2 done" in together.printed["replayed"]
-        and "back to" not in together.printed["replayed"]
+        "12 steps, 2 done" in two_rank_runs.printed["replayed"]
+        and "back to" not in two_rank_runs.printed["replayed"]
     )
     files = [
-        verify(CheckpointStore(together[name]).path(12))["files"] for name in ("bad", "replayed")
+        verify(CheckpointStore(two_rank_runs[name]).path(12))["files"]
+        for name in ("bad", "replayed")
     ]
     assert files[0] == files[1]
 
 
-def test_a_bit_that_changes_in_one_ranks_weights_is_noticed(
-    flipped: tuple[Path, subprocess.CompletedProcess[str]], together: Done
+def test_flipped_bit_in_one_rank_ends_the_run(
+    flipped_run: tuple[Path, subprocess.CompletedProcess[str]], two_rank_runs: FinishedRuns
 ) -> None:
-    """Before the checkpoint in which it would have been; the run goes on from the one before."""
-    folder, ended = flipped
+    """The run ends before it saves the flipped bit, and resumes from the checkpoint before it."""
+    folder, ended = flipped_run
     assert ended.returncode != 0
     assert f"rank 2 ({platform.node()}) has other weights than the rest" in ended.stderr
     assert CheckpointStore(folder).steps() == [2, 4]
-    assert f"{STEPS} steps, 4 done" in together.printed["flipped"]
-    assert len(metrics(together["flipped"], "train/loss")) == STEPS
+    assert f"{STEPS} steps, 4 done" in two_rank_runs.printed["flipped"]
+    assert len(metrics(two_rank_runs["flipped"], "train/loss")) == STEPS
 
 
-def test_what_one_rank_alone_finds_bad_all_skip(together: Done) -> None:
-    assert metrics(together["one_rank"], "train/skipped") == [0, 0, 0, 1, 0, 0]
-    assert CheckpointStore(together["one_rank"]).steps() == [2, 6]
+def test_all_ranks_skip_step_bad_on_one_rank(two_rank_runs: FinishedRuns) -> None:
+    assert metrics(two_rank_runs["one_rank"], "train/skipped") == [0, 0, 0, 1, 0, 0]
+    assert CheckpointStore(two_rank_runs["one_rank"]).steps() == [2, 6]
 
 
-def test_a_loss_that_explodes_is_skipped(together: Done) -> None:
-    assert metrics(together["exploded"], "train/skipped") == [*[0] * 103, 1, 0, 0]
+def test_exploding_loss_is_skipped(two_rank_runs: FinishedRuns) -> None:
+    assert metrics(two_rank_runs["exploded"], "train/skipped") == [*[0] * 103, 1, 0, 0]
 
 
-def test_a_run_stops_and_saves_behind_bad_numbers_and_not_within_them(together: Done) -> None:
-    """Else it would go on without knowing how many had been skipped."""
-    assert f"saved step 5 of {STEPS}" in together.printed["stopped"]
-    assert metrics(together["stopped"], "train/skipped") == [0, 0, 0, 1, 0]
-    assert CheckpointStore(together["stopped"]).steps() == [2, 5]
-    assert not (together["stopped"] / "STOP").exists()
+def test_run_stops_after_bad_steps_not_within_them(two_rank_runs: FinishedRuns) -> None:
+    """A resume within bad steps would not know run_arguments many the run has skipped in a row."""
+    assert f"saved step 5 of {STEPS}" in two_rank_runs.printed["stopped"]
+    assert metrics(two_rank_runs["stopped"], "train/skipped") == [0, 0, 0, 1, 0]
+    assert CheckpointStore(two_rank_runs["stopped"]).steps() == [2, 5]
+    assert not (two_rank_runs["stopped"] / "STOP").exists()
 
 
-def test_all_checkpoints_damaged_is_an_error_and_not_a_new_beginning(
-    alone: Done, data_arguments: list[str], tmp_path: Path
+def test_run_with_only_damaged_checkpoints_is_refused(
+    one_process_runs: FinishedRuns, data_arguments: list[str], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(alone["reference"], tmp_path / "run")
+    folder = shutil.copytree(one_process_runs["reference"], tmp_path / "run")
     for path in folder.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -461,13 +475,16 @@ def test_all_checkpoints_damaged_is_an_error_and_not_a_new_beginning(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(
+def test_full_disk_ends_run_and_keeps_checkpoints(
     data_arguments: list[str], tmp_path: Path
 ) -> None:
-    """Of 3 MB there is room for four checkpoints. And a limit that no look at the free space shows,
-    as a quota is: one file ends half-way.
+    """A disk of 3 MB holds four checkpoints.
+
+    A second run has a file-size limit, which free space does not show, as a quota: a file breaks
+    off half-way.
     """
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk = tmp_path / "disk"
+    kept = tmp_path / "kept"
     disk.mkdir()
     mine = pretrain_command(
         None,
@@ -487,7 +504,8 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(
     full = run_program([*mount, disk, *mine], KEPT=str(kept))
     assert full.returncode == 2, full.stderr
     assert re.search(
-        r"^error: .* GB free and a checkpoint takes 0\.0: free .* GB more, or lower checkpoint.keep",
+        r"^error: .* GB free and a checkpoint takes 0\.0: free .* GB more, "
+        r"or lower checkpoint.keep",
         full.stderr,
     )
     store = CheckpointStore(kept / "run")
@@ -510,32 +528,37 @@ def test_a_full_disk_ends_a_run_and_leaves_what_was_saved(
     assert CheckpointStore(folder).steps() == []
 
 
-def test_a_finished_run_is_left_as_it_is(alone: Done) -> None:
-    assert f"{STEPS} of {STEPS} steps done" in alone.printed["finished"]
-    finished, reference = ({path.relative_to(each): path.read_bytes() for path in each.rglob("*") if path.is_file()} for each in (alone["finished"], alone["reference"]))  # fmt: skip
-    assert finished == reference
+def test_finished_run_is_left_unchanged(one_process_runs: FinishedRuns) -> None:
+    assert f"{STEPS} of {STEPS} steps done" in one_process_runs.printed["finished"]
+    assert file_contents(one_process_runs["finished"]) == file_contents(
+        one_process_runs["reference"]
+    )
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(alone: Done) -> None:
-    assert f"checkpoint {STEPS} is damaged" in alone.printed["damaged"]
-    assert f"{STEPS} steps, 4 done" in alone.printed["damaged"]
-    assert metrics(alone["damaged"], "train/loss") == metrics(alone["reference"], "train/loss")
+def test_run_falls_back_from_damaged_checkpoint(one_process_runs: FinishedRuns) -> None:
+    assert f"checkpoint {STEPS} is damaged" in one_process_runs.printed["damaged"]
+    assert f"{STEPS} steps, 4 done" in one_process_runs.printed["damaged"]
+    assert metrics(one_process_runs["damaged"], "train/loss") == metrics(
+        one_process_runs["reference"], "train/loss"
+    )
 
 
-def test_loader_processes_change_nothing(alone: Done) -> None:
-    assert_same_run(alone["workers"], alone["reference"], loss=0, norm=0, weights=0)
+def test_loader_processes_do_not_change_the_run(one_process_runs: FinishedRuns) -> None:
+    assert_same_run(
+        one_process_runs["workers"], one_process_runs["reference"], loss=0, norm=0, weights=0
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_shards_behind_a_url_train_alike_and_are_fetched_once_a_node(
-    packing: str, alone: Done, together: Done
+def test_remote_shards_train_alike_and_are_fetched_once(
+    packing: str, one_process_runs: FinishedRuns, two_rank_runs: FinishedRuns
 ) -> None:
-    assert_same_run(together[packing], alone[packing], norm=1e-4)
-    shards = [name for name in together.asked[packing] if name.endswith(".arrow")]
+    assert_same_run(two_rank_runs[packing], one_process_runs[packing], norm=1e-4)
+    shards = [name for name in two_rank_runs.asked[packing] if name.endswith(".arrow")]
     assert len(shards) == len(set(shards)) > 2
 
 
-def test_a_launcher_that_starts_one_process_for_two_is_refused(
+def test_launcher_with_too_few_processes_is_refused(
     data_arguments: list[str], tmp_path: Path
 ) -> None:
     command = pretrain_command("cpu", *data_arguments, f"--run_dir={tmp_path / 'run'}")
@@ -547,10 +570,8 @@ def test_a_launcher_that_starts_one_process_for_two_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_backend_that_the_launcher_did_not_ask_for_is_refused(
-    data_arguments: list[str], tmp_path: Path
-) -> None:
-    """With ACCELERATE_USE_CPU, Accelerate leaves DeepSpeed out without a word."""
+def test_backend_other_than_requested_is_refused(data_arguments: list[str], tmp_path: Path) -> None:
+    """With ACCELERATE_USE_CPU, Accelerate silently leaves DeepSpeed out."""
     done = run_program(
         pretrain_command("zero1", *data_arguments, f"--run_dir={tmp_path / 'run'}"),
         ACCELERATE_USE_CPU="true",

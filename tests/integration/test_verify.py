@@ -1,5 +1,6 @@
-"""verify.py holds where the promises do, and finds what breaks them: real launchers, real faults,
-one launch for all of a launcher's.
+"""Tests of scripts/verify.py: it confirms the promises, and finds planted faults.
+
+Each launcher starts once and does all of its cases.
 """
 
 import functools
@@ -12,18 +13,18 @@ from typing import Any, NamedTuple
 import pytest
 
 from kantai.config.loading import load_config
-from tests.helpers.commands import CONFIG, TINY, job, script, several
+from tests.helpers.commands import CONFIG, TINY, job, run_jobs, script
 
 pytestmark = pytest.mark.slow
 
-# With a fault that is none: memory for two engines at once.
+# This entry of tests/helpers/faults.py is no fault: it limits memory to two engines at once.
 HOLDS = "third_engine_refused"
 SETTINGS: dict[str | None, list[str]] = {
     None: [
         "--training.precision=fp16",
         "--data.seq_len=512",
         "--batch.micro_batch_size=8",
-    ],  # a sum of losses would overflow
+    ],  # in fp16, a sum of losses would overflow
     "cpu": ["--data.workers=2", "--data.packing=padded"],
     "zero2": [],
     "zero3_offload": ["--optimizer.name=muon", "--training.precision=bf16"],
@@ -39,7 +40,7 @@ FAULTS = {
 
 
 class Verdict(NamedTuple):
-    """What verify.py said."""
+    """The certificate and the output of verify.py."""
 
     certificate: dict[str, Any]
     printed: str
@@ -60,7 +61,7 @@ def arguments(shards_dir: Path, tokenizer_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def verdicts(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
-    """Of a launcher, by fault."""
+    """Return a function that gives a launcher's verdicts by fault."""
 
     @functools.cache
     def of(launcher: str | None) -> dict[str, Verdict]:
@@ -87,7 +88,7 @@ def verdicts(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
                     code=0 if fault == HOLDS else 1,
                 )
             )
-        printed = several(launcher, 2, folder, jobs)
+        printed = run_jobs(launcher, 2, folder, jobs)
         assert {path.name for path in folder.iterdir()} == {
             "jobs.json",
             *(f"{fault}.json" for fault in faults),
@@ -101,9 +102,12 @@ def verdicts(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("launcher", BACKENDS)
-def test_it_holds(launcher: str | None, verdicts: Verdicts, arguments: list[str]) -> None:
-    """And it takes no more memory than the run: no larger micro-batches, and an engine to compare
-    with, but not two.
+def test_promises_hold_on_every_backend(
+    launcher: str | None, verdicts: Verdicts, arguments: list[str]
+) -> None:
+    """verify.py needs little memory.
+
+    Its micro-batches are no larger than the run's, and it holds at most two engines.
     """
     certificate, printed = verdicts(launcher)[HOLDS]
     assert "All promises hold here" in printed
@@ -127,7 +131,7 @@ def test_it_holds(launcher: str | None, verdicts: Verdicts, arguments: list[str]
 
 
 @pytest.mark.parametrize(("launcher", "fault"), FAULTS)
-def test_a_fault_is_found(launcher: str, fault: str, verdicts: Verdicts) -> None:
+def test_planted_fault_is_found(launcher: str, fault: str, verdicts: Verdicts) -> None:
     certificate, printed = verdicts(launcher)[fault]
     assert {
         finding["promise"] for finding in certificate["findings"] if not finding["holds"]

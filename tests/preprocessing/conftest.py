@@ -1,4 +1,4 @@
-"""Jobs that tokenize the tests' text, and a server that is not there."""
+"""Fixtures: jobs that tokenize the corpus, and a URL without a server."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def make_job(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> MakeJob:
-    """Jobs of many pieces: the text's lines, most of them once and some often."""
+    """Return a maker of jobs of many pieces; documents are lines, some of them repeated."""
 
     def make(
         name: str,
@@ -42,8 +42,8 @@ def make_job(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> MakeJob:
 
 
 @pytest.fixture(scope="module")
-def nobody() -> Iterator[str]:
-    """An address where nothing listens, and nothing else can."""
+def closed_url() -> Iterator[str]:
+    """Yield a URL whose port is bound and has no server."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"

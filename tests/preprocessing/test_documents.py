@@ -1,5 +1,6 @@
-"""Every kind of input gives the documents it holds, in a fixed order, however it is cut, or one
-line that names file and place.
+"""Tests that every input format gives its documents in order, or an error with file and place.
+
+Documents do not depend on how a file is cut.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import Span, find_files
 from kantai.preprocessing.lines import Report
 from tests.helpers.commands import run_program
-from tests.helpers.files import read, written
+from tests.helpers.files import read_documents, write_file
 
 WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"
 
@@ -38,57 +39,61 @@ WRAPPED = "One line\nand the next.\n\n  \nA second\n   paragraph.\n"
     ],
 )
 def test_text_is_cut_into_units(tmp_path: Path, unit: Unit | None, expected: list[str]) -> None:
-    assert list(read([written(tmp_path / "a.txt", WRAPPED)], unit)) == expected
+    assert list(read_documents([write_file(tmp_path / "a.txt", WRAPPED)], unit)) == expected
 
 
-def test_json_lines(tmp_path: Path) -> None:
-    path = written(
+def test_json_lines_documents_are_read(tmp_path: Path) -> None:
+    path = write_file(
         tmp_path / "a.jsonl",
         b'\xef\xbb\xbf{"text": "one\\ntwo", "id": 1}\r\n\r\n{"text": "  "}\n{"text": "\\u00fc"}',
     )
-    assert list(read([path])) == list(read([path], "record")) == ["one\ntwo", "ü"]
+    assert (
+        list(read_documents([path])) == list(read_documents([path], "record")) == ["one\ntwo", "ü"]
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["c4.json.gz", "a.json", "a.ndjson", "A.JSONL", "A.Json.GZ", "a.ndjson.gz"]
 )
-def test_json_lines_have_many_names(tmp_path: Path, name: str) -> None:
+def test_json_lines_suffixes_are_recognized(tmp_path: Path, name: str) -> None:
     content = b'{"text": "one", "url": "x"}\n{"text": "two"}\n'
-    path = written(
+    path = write_file(
         tmp_path / name, gzip.compress(content) if name.lower().endswith("gz") else content
     )
-    assert list(read([path])) == list(read([path], "record")) == ["one", "two"]
+    assert list(read_documents([path])) == list(read_documents([path], "record")) == ["one", "two"]
 
 
-def test_suffixes_in_capitals_are_suffixes(tmp_path: Path) -> None:
-    written(tmp_path / "A.CSV", "text\none\n")
+def test_uppercase_suffixes_are_recognized(tmp_path: Path) -> None:
+    write_file(tmp_path / "A.CSV", "text\none\n")
     pq.write_table(pa.table({"text": ["two"]}), tmp_path / "B.PARQUET")
-    written(tmp_path / "C.TXT.XZ", lzma.compress(b"three\n"))
-    assert list(read([tmp_path / name for name in ("A.CSV", "B.PARQUET", "C.TXT.XZ")])) == [
+    write_file(tmp_path / "C.TXT.XZ", lzma.compress(b"three\n"))
+    assert list(
+        read_documents([tmp_path / name for name in ("A.CSV", "B.PARQUET", "C.TXT.XZ")])
+    ) == [
         "one",
         "two",
         "three",
     ]
 
 
-def test_field_of_a_record_is_named(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", '{"text": 1, "body": "right"}\n')
-    assert list(read([path], text_field="body")) == ["right"]
+def test_text_field_selects_record_field(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.jsonl", '{"text": 1, "body": "right"}\n')
+    assert list(read_documents([path], text_field="body")) == ["right"]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_documents_are_read(tmp_path: Path) -> None:
     table = pa.table({"id": [1, 2, 3], "text": ["one\ntwo", " ", "ü"], "body": ["x", "y", "z"]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    assert list(read([tmp_path / "a.parquet"])) == ["one\ntwo", "ü"]
-    assert list(read([tmp_path / "a.parquet"], "record", "body")) == ["x", "y", "z"]
+    assert list(read_documents([tmp_path / "a.parquet"])) == ["one\ntwo", "ü"]
+    assert list(read_documents([tmp_path / "a.parquet"], "record", "body")) == ["x", "y", "z"]
 
 
-def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
+def test_files_are_read_in_given_order(tmp_path: Path) -> None:
     files = [
-        written(tmp_path / "b.txt", "text"),
-        written(tmp_path / "a.jsonl", '{"text": "record"}'),
+        write_file(tmp_path / "b.txt", "text"),
+        write_file(tmp_path / "a.jsonl", '{"text": "record"}'),
     ]
-    assert list(read(files)) == ["text", "record"]
+    assert list(read_documents(files)) == ["text", "record"]
 
 
 @pytest.mark.parametrize(
@@ -145,31 +150,29 @@ def test_files_are_read_in_the_order_given(tmp_path: Path) -> None:
         ("no.parquet", b"PAR1 but not really", None, r"no\.parquet is not a readable Parquet file"),
     ],
 )
-def test_bad_content_is_named_with_its_place(
+def test_bad_content_error_names_its_place(
     tmp_path: Path, name: str, content: bytes, unit: Unit | None, message: str
 ) -> None:
-    path = written(tmp_path / name, content)
+    path = write_file(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
-        list(read([path], unit))
+        list(read_documents([path], unit))
 
 
 @pytest.mark.parametrize("values", [{"body": ["x", "y"]}, {"text": [1, 2]}, {"text": [b"x", b"y"]}])
-def test_parquet_without_text_in_its_field_is_named(
-    tmp_path: Path, values: dict[str, list[object]]
-) -> None:
+def test_parquet_without_text_is_an_error(tmp_path: Path, values: dict[str, list[object]]) -> None:
     pq.write_table(pa.table(values), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet record \d .*'text'"):
-        list(read([tmp_path / "a.parquet"]))
+        list(read_documents([tmp_path / "a.parquet"]))
 
 
-def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_parquet_of_other_encoding_is_an_error(tmp_path: Path) -> None:
     offsets = pa.array([0, 4], pa.int32()).buffers()[1]
     column = pa.Array.from_buffers(
         pa.string(), 1, [None, offsets, pa.py_buffer("Über".encode("latin-1"))]
     )
     pq.write_table(pa.table({"text": column}), tmp_path / "latin1.parquet")
     with pytest.raises(UserError, match=r"latin1\.parquet record 1 is not UTF-8"):
-        list(read([tmp_path / "latin1.parquet"]))
+        list(read_documents([tmp_path / "latin1.parquet"]))
 
 
 @pytest.mark.parametrize(
@@ -181,12 +184,12 @@ def test_parquet_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
         ("a.parquet", "file", "give record"),
     ],
 )
-def test_unit_that_does_not_fit_the_file_is_refused(
+def test_document_unit_must_fit_file_format(
     tmp_path: Path, name: str, unit: Unit, expected: str
 ) -> None:
-    path = written(tmp_path / name, json.dumps({"text": "x"}))
+    path = write_file(tmp_path / name, json.dumps({"text": "x"}))
     with pytest.raises(UserError, match=f"{name} cannot be cut by --document {unit}: {expected}"):
-        list(read([path], unit))
+        list(read_documents([path], unit))
 
 
 COMPRESSORS = {
@@ -197,9 +200,7 @@ COMPRESSORS = {
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_files_are_read_to_the_end_of_their_last_part(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_compressed_files_are_read_to_their_end(suffix: str, tmp_path: Path) -> None:
     compress = COMPRESSORS[suffix]
     lines = [f"line {number} of some text" for number in range(20_000)]
     half = (
@@ -207,22 +208,25 @@ def test_compressed_files_are_read_to_the_end_of_their_last_part(
         "".join(f"{line}\n" for line in lines[10_000:]).encode(),
     )
     path = tmp_path / f"a.txt.{suffix}"
-    path.write_bytes(compress(half[0]) + compress(half[1]))  # as `cat a.gz b.gz` makes
-    assert list(read([path])) == lines
+    path.write_bytes(compress(half[0]) + compress(half[1]))  # as `cat a.gz b.gz` does
+    assert list(read_documents([path])) == lines
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(b'{"text": "one"}\n{"text": "two"}\n'))
-    assert list(read([tmp_path / f"a.jsonl.{suffix}"])) == ["one", "two"]
+    assert list(read_documents([tmp_path / f"a.jsonl.{suffix}"])) == ["one", "two"]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(
         UserError,
-        match=rf"a\.txt\.{suffix} cannot be read beyond byte \d+ of its text, it is damaged, cut off or out of reach",
+        match=(
+            rf"a\.txt\.{suffix} cannot be read beyond byte \d+ of its text, "
+            r"it is damaged, cut off or out of reach"
+        ),
     ):
-        list(read([path]))
+        list(read_documents([path]))
     path.write_bytes(b"no compressed file")
     with pytest.raises(UserError, match="beyond byte 0"):
-        list(read([path]))
+        list(read_documents([path]))
 
 
-def test_csv_records(tmp_path: Path) -> None:
+def test_csv_documents_are_read(tmp_path: Path) -> None:
     long = "x" * 300_000
     path = tmp_path / "a.csv"
     path.write_text(
@@ -230,20 +234,20 @@ def test_csv_records(tmp_path: Path) -> None:
         encoding="utf-8",
         newline="",
     )
-    assert list(read([path])) == ["plain", 'two\nlines, with "quotes"', long]
-    assert list(read([path], "record", "id")) == ["1", "2", "3", "4"]
+    assert list(read_documents([path])) == ["plain", 'two\nlines, with "quotes"', long]
+    assert list(read_documents([path], "record", "id")) == ["1", "2", "3", "4"]
     with pytest.raises(UserError, match="--text_field"):
-        list(read([path], text_field="body"))
+        list(read_documents([path], text_field="body"))
     path.write_text("id,text\n1\n2,short rows have no text\n")
-    assert list(read([path])) == ["short rows have no text"]
+    assert list(read_documents([path])) == ["short rows have no text"]
     path.write_text('id,text\n1,"never closed\n')
     with pytest.raises(UserError, match=r"a\.csv is not CSV"):
-        list(read([path]))
+        list(read_documents([path]))
 
 
-def test_spoiled_records_are_mended_in_every_format(tmp_path: Path) -> None:
+def test_invalid_characters_are_repaired_in_every_format(tmp_path: Path) -> None:
     many = 200
-    written(
+    write_file(
         tmp_path / "a.jsonl",
         b"\n".join(
             [
@@ -253,7 +257,7 @@ def test_spoiled_records_are_mended_in_every_format(tmp_path: Path) -> None:
             ]
         ),
     )
-    written(
+    write_file(
         tmp_path / "a.csv",
         b"\n".join([b"id,text", b"1,a\xff", b"2,b\0", *[b"3,\xf0\x9f\x99\x82"] * many]),
     )
@@ -262,7 +266,7 @@ def test_spoiled_records_are_mended_in_every_format(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=1)
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         report = Report()
-        assert list(read([tmp_path / name], report=report)) == [
+        assert list(read_documents([tmp_path / name], report=report)) == [
             "a\ufffd",
             "b\ufffd",
             *["🙂"] * many,
@@ -272,16 +276,18 @@ def test_spoiled_records_are_mended_in_every_format(tmp_path: Path) -> None:
         assert report.first["nul"] == f"{tmp_path / name} {place}"
 
 
-def test_null_is_an_empty_document_and_empty_ones_are_counted(tmp_path: Path) -> None:
-    written(tmp_path / "a.jsonl", '{"text": null}\n{"text": ""}\n{"text": "x"}\n')
-    written(tmp_path / "blank.jsonl", '\n{"text": "x"}\n  \n')
-    written(tmp_path / "a.csv", "id,text\n\n1,x\n2,\n")
+def test_empty_and_null_documents_are_counted(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.jsonl", '{"text": null}\n{"text": ""}\n{"text": "x"}\n')
+    write_file(tmp_path / "blank.jsonl", '\n{"text": "x"}\n  \n')
+    write_file(tmp_path / "a.csv", "id,text\n\n1,x\n2,\n")
     pq.write_table(pa.table({"text": ["x", None, " "]}), tmp_path / "a.parquet")
-    written(tmp_path / "a.txt", "x\n\n \n")
-    written(tmp_path / "empty.txt", "")
+    write_file(tmp_path / "a.txt", "x\n\n \n")
+    write_file(tmp_path / "empty.txt", "")
     for name in ("a.jsonl", "blank.jsonl", "a.csv", "a.parquet", "a.txt"):
         report = Report()
-        assert list(read([tmp_path / name, tmp_path / "empty.txt"], report=report)) == ["x"]
+        assert list(read_documents([tmp_path / name, tmp_path / "empty.txt"], report=report)) == [
+            "x"
+        ]
         assert (report.documents, report.characters, report.empty, report.empty_files) == (
             1,
             1,
@@ -305,9 +311,10 @@ print(sum(1 for piece in cut for text in documents(piece)), most("VmHWM") - befo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", [False, True])
-def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path, hub: bool) -> None:
-    """150 MB: a row group in pages of a record, as a page is what Arrow holds; and lines, of which
-    datasets holds 10 MB.
+def test_reader_memory_is_bounded_by_bytes_not_records(tmp_path: Path, hub: bool) -> None:
+    """The file has 150 MB. Arrow holds one page, so that each record of the row group has its own.
+
+    Of JSON lines, datasets holds 10 MB.
     """
     texts = [f"{row:06d}" * 50_000 for row in range(500)]
     if hub:
@@ -333,7 +340,7 @@ def test_records_are_held_by_their_bytes_and_not_by_their_number(tmp_path: Path,
 
 
 @pytest.mark.parametrize("prefix", ["", "hub:"])
-def test_endless_records_are_refused(
+def test_records_over_byte_limit_are_refused(
     tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kantai.preprocessing.lines, "MAX_DOCUMENT_BYTES", 1000)
@@ -350,15 +357,14 @@ def test_endless_records_are_refused(
     "kind",
     [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
 )
-def test_strings_of_every_kind_are_text(tmp_path: Path, kind: pa.DataType) -> None:
+def test_every_arrow_string_type_is_text(tmp_path: Path, kind: pa.DataType) -> None:
     pq.write_table(
         pa.table({"text": pa.array(["one", None, "ü"]).cast(kind)}), tmp_path / "a.parquet"
     )
-    assert list(read([tmp_path / "a.parquet"])) == ["one", "ü"]
+    assert list(read_documents([tmp_path / "a.parquet"])) == ["one", "ü"]
 
 
-# Pieces of text, so that line ends, byte order marks and letters of several bytes fall on every
-# kind of cut.
+# Cuts can fall within line ends, byte order marks and characters of several bytes.
 ATOMS = [
     b"\n",
     b"\n\n",
@@ -400,7 +406,7 @@ LINES = [
     st.lists(st.integers(1, 120), max_size=6),
     st.integers(1, 9),
 )
-def test_cut_files_have_the_documents_of_whole_ones(
+def test_spans_have_documents_of_whole_file(
     unit_and_text: tuple[Unit, bytes], mark: bool, cuts: list[int], block: int
 ) -> None:
     unit, text = unit_and_text
@@ -409,9 +415,10 @@ def test_cut_files_have_the_documents_of_whole_ones(
         patch.setattr(kantai.preprocessing.lines, "_BLOCK_BYTES", block)
         patch.setattr("kantai.preprocessing.documents._MAX_REPAIRED", 1.0)
         (file,) = find_files(
-            [str(written(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))]
+            [str(write_file(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))]
         )
-        whole, parts = Report(), Report()
+        whole = Report()
+        parts = Report()
         expected = list(documents((Span(file, 0, file.size),), unit, report=whole))
         spans = [
             Span(file, start, stop)
@@ -430,9 +437,9 @@ def test_cut_files_have_the_documents_of_whole_ones(
         assert expected == [line for line in repaired if line.strip()]
 
 
-def test_places_in_later_spans_are_bytes(tmp_path: Path) -> None:
+def test_error_in_later_span_names_byte_offset(tmp_path: Path) -> None:
     (file,) = find_files(
-        [str(written(tmp_path / "a.jsonl", '{"text": "x"}\r\n' * 5 + "no JSON\n"))]
+        [str(write_file(tmp_path / "a.jsonl", '{"text": "x"}\r\n' * 5 + "no JSON\n"))]
     )
     with pytest.raises(UserError, match=r"a\.jsonl line at byte 75 is not JSON"):
         list(documents((Span(file, 20, file.size),)))
@@ -440,7 +447,7 @@ def test_places_in_later_spans_are_bytes(tmp_path: Path) -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 4000), max_size=8), st.integers(1, 40))
-def test_row_groups_belong_to_one_span(cuts: list[int], rows: int) -> None:
+def test_row_group_belongs_to_one_span(cuts: list[int], rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = [f"text {number}" for number in range(100)]
         pq.write_table(
@@ -458,15 +465,15 @@ def test_row_groups_belong_to_one_span(cuts: list[int], rows: int) -> None:
         assert [text for span in spans for text in documents((span,))] == texts
 
 
-def test_pieces_of_a_large_corpus_have_the_documents_of_the_whole(tmp_path: Path) -> None:
+def test_pieces_have_documents_of_whole_corpus(tmp_path: Path) -> None:
     lines = [f"line {number} of some text" for number in range(20_000)]
-    written(tmp_path / "a.txt", "\n".join(lines))
-    written(tmp_path / "b.txt.gz", gzip.compress("\n".join(lines).encode()))
+    write_file(tmp_path / "a.txt", "\n".join(lines))
+    write_file(tmp_path / "b.txt.gz", gzip.compress("\n".join(lines).encode()))
     cut = pieces(find_files([str(tmp_path)]), piece_bytes=100_000)
     assert len(cut) > 4
     assert [text for piece in cut for text in documents(piece)] == lines * 2
 
 
-def test_a_unit_that_does_not_fit_is_refused_when_pieces_are_planned(tmp_path: Path) -> None:
+def test_piece_planning_refuses_unfit_document_unit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give record"):
-        pieces(find_files([str(written(tmp_path / "a.jsonl", "{}"))]), "line")
+        pieces(find_files([str(write_file(tmp_path / "a.jsonl", "{}"))]), "line")

@@ -1,6 +1,4 @@
-"""Inputs are found wherever they are, in a fixed order, and cut into pieces that depend on nothing
-but the files.
-"""
+"""Tests that inputs are found in a fixed order and cut into pieces that depend on files alone."""
 
 import functools
 import gzip
@@ -23,16 +21,16 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import documents, pieces
 from kantai.preprocessing.files import MIB, File, cut, find_files, hub_dataset, open_file
 from tests.helpers.commands import run_python
-from tests.helpers.files import written
+from tests.helpers.files import write_file
 
 
 def texts(*inputs: str) -> list[str]:
     return [text for piece in pieces(find_files(inputs)) for text in documents(piece)]
 
 
-def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None:
+def test_directory_input_skips_hidden_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "a/.DS_Store"):
-        written(tmp_path / "corpus" / name, "x")
+        write_file(tmp_path / "corpus" / name, "x")
     found = find_files([str(tmp_path / "corpus")])
     assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == [
         "a/b/c.jsonl",
@@ -41,12 +39,12 @@ def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None
     ]
 
 
-def test_a_glob_searches_the_directories_that_it_matches(
+def test_glob_searches_matching_directories(
     tmp_path: Path, memory: fsspec.AbstractFileSystem
 ) -> None:
     names = ["a.txt", "b/c.txt", "b/d/e.txt", "b-/x.txt", "f/g.txt"]
     for name in (*names, "b/.hidden/x.txt", ".git/config"):
-        written(tmp_path / name, "x")
+        write_file(tmp_path / name, "x")
         memory.pipe(f"/corpus/{name}", b"x")
     for place, found_of in (
         (tmp_path, "*"),
@@ -65,9 +63,9 @@ def test_a_glob_searches_the_directories_that_it_matches(
         assert found == sorted(names, key=lambda name: name.split("/"))
 
 
-def test_linked_directories_are_searched_once_and_circles_end(tmp_path: Path) -> None:
-    written(tmp_path / "elsewhere" / "deep" / "a.txt", "x")
-    written(tmp_path / "corpus" / "b.txt", "x")
+def test_linked_directories_are_searched_once(tmp_path: Path) -> None:
+    write_file(tmp_path / "elsewhere" / "deep" / "a.txt", "x")
+    write_file(tmp_path / "corpus" / "b.txt", "x")
     (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "twice").symlink_to(tmp_path / "elsewhere" / "deep")
     (tmp_path / "elsewhere" / "deep" / "circle").symlink_to(tmp_path / "elsewhere")
@@ -84,24 +82,27 @@ def test_linked_directories_are_searched_once_and_circles_end(tmp_path: Path) ->
     "given", ["corpus", "corpus/*", "corpus/sub", "corpus/sub/part*.txt", "corpus/sub/part-1.txt"]
 )
 @pytest.mark.parametrize("target", ["/mnt/gone/part-1.txt", "part-1.txt"])
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, given: str, target: str) -> None:
-    written(tmp_path / "corpus" / "sub" / "part-0.txt", "x")
+def test_broken_link_is_an_error(tmp_path: Path, given: str, target: str) -> None:
+    write_file(tmp_path / "corpus" / "sub" / "part-0.txt", "x")
     (tmp_path / "corpus" / "sub" / "part-1.txt").symlink_to(target)
     with pytest.raises(
         UserError,
-        match=rf"corpus/sub/part-1\.txt is a link to {target}, which cannot be read: .*; mend or remove it",
+        match=(
+            rf"corpus/sub/part-1\.txt is a link to {target}, "
+            r"which cannot be read: .*; mend or remove it"
+        ),
     ):
         find_files([str(tmp_path / given)])
 
 
-def test_hidden_parents_do_not_hide_a_directory(tmp_path: Path) -> None:
-    path = written(tmp_path / ".cache" / "corpus" / "a.txt", "x")
+def test_directory_below_hidden_parent_is_searched(tmp_path: Path) -> None:
+    path = write_file(tmp_path / ".cache" / "corpus" / "a.txt", "x")
     assert [file.path for file in find_files([str(path.parent)])] == [str(path)]
 
 
-def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
+def test_glob_matches_are_sorted_and_unique(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md", "deep/er/d.txt"):
-        written(tmp_path / name, "x")
+        write_file(tmp_path / name, "x")
     inputs = [
         str(tmp_path / "c.md"),
         str(tmp_path / "**" / "*.txt"),
@@ -117,13 +118,13 @@ def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
     ]
 
 
-def test_a_name_with_glob_characters_is_a_name_first(tmp_path: Path) -> None:
-    path = written(tmp_path / "a[1].txt", "x")
+def test_existing_path_wins_over_glob(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a[1].txt", "x")
     assert [file.path for file in find_files([str(path)])] == [str(path)]
 
 
 @pytest.mark.parametrize("missing", ["nothing.txt", "*.txt", "empty_folder"])
-def test_input_that_matches_nothing_is_named(tmp_path: Path, missing: str) -> None:
+def test_input_without_files_is_an_error(tmp_path: Path, missing: str) -> None:
     (tmp_path / "empty_folder").mkdir()
     with pytest.raises(UserError, match="no input at") as error:
         find_files([str(tmp_path / missing)])
@@ -131,34 +132,38 @@ def test_input_that_matches_nothing_is_named(tmp_path: Path, missing: str) -> No
 
 
 def test_empty_files_are_kept_unless_all_are_empty(tmp_path: Path) -> None:
-    written(tmp_path / "void.txt", "")
+    write_file(tmp_path / "void.txt", "")
     with pytest.raises(UserError, match=r"void\.txt is empty"):
         find_files([str(tmp_path)])
-    written(tmp_path / "zero.txt", "")
+    write_file(tmp_path / "zero.txt", "")
     with pytest.raises(UserError, match=r"every one of 2 files is empty, .*void\.txt the first"):
         find_files([str(tmp_path)])
-    written(tmp_path / "full.txt", "x")
+    write_file(tmp_path / "full.txt", "x")
     assert [file.size for file in find_files([str(tmp_path)])] == [1, 0, 0]
 
 
-def test_a_version_changes_with_the_content(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", '{"text": "x"}\n')
+def test_file_version_changes_with_modification_time(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.jsonl", '{"text": "x"}\n')
     inputs = [[str(path)], [f"hub:{tmp_path}"]]
     before = [find_files(names)[0].version for names in inputs]
     assert [find_files(names)[0].version for names in inputs] == before
     os.utime(path, ns=(0, 12345))
-    hub_dataset.cache_clear()  # as in another process
+    hub_dataset.cache_clear()  # another process has an empty cache
     after = [find_files(names)[0].version for names in inputs]
     assert all(old != new for old, new in zip(before, after, strict=True))
 
 
-def test_local_files_do_not_wait_for_the_library_of_the_remote_ones(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.txt", "x")
-    code = f"import sys, kantai.preprocessing.files as f; file, = f.find_files([{str(path)!r}]); print({{'fsspec', 'datasets', 'pyarrow'}} & sys.modules.keys())"
+def test_local_files_import_no_remote_libraries(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.txt", "x")
+    code = (
+        "import sys, kantai.preprocessing.files as f; "
+        f"file, = f.find_files([{str(path)!r}]); "
+        "print({'fsspec', 'datasets', 'pyarrow'} & sys.modules.keys())"
+    )
     assert run_python(code).stdout == "set()\n"
 
 
-# --- behind URLs
+# --- remote files
 
 
 @pytest.fixture
@@ -168,7 +173,7 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
     system.store.clear()
 
 
-def test_urls_of_files_directories_and_globs(memory: fsspec.AbstractFileSystem) -> None:
+def test_remote_files_directories_and_globs_are_read(memory: fsspec.AbstractFileSystem) -> None:
     compressed = {
         "c.txt.gz": gzip.compress,
         "d.txt.xz": lzma.compress,
@@ -191,7 +196,7 @@ def test_urls_of_files_directories_and_globs(memory: fsspec.AbstractFileSystem) 
         find_files(["memory://other"])
 
 
-def test_remote_files_are_cut_like_local_ones(memory: fsspec.AbstractFileSystem) -> None:
+def test_remote_files_are_cut_into_pieces(memory: fsspec.AbstractFileSystem) -> None:
     lines = [f"line {number}" for number in range(5000)]
     memory.pipe("/a.txt", "\n".join(lines).encode())
     with memory.open("/b.parquet", "wb") as file:
@@ -201,15 +206,15 @@ def test_remote_files_are_cut_like_local_ones(memory: fsspec.AbstractFileSystem)
     assert [text for piece in cut_files for text in documents(piece)] == lines * 2
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A server that can only send whole files, as Python's own."""
+class WholeFiles(http.server.SimpleHTTPRequestHandler):
+    """A server that sends whole files only, as Python's own does."""
 
     def log_message(self, *arguments: object) -> None:
         pass
 
 
-class Ranged(Quiet):
-    """A server that sends the part that is asked for."""
+class ByteRanges(WholeFiles):
+    """A server that sends requested byte ranges."""
 
     def do_GET(self) -> None:
         if "Range" not in self.headers:
@@ -228,25 +233,26 @@ class Ranged(Quiet):
     parts_sent = 0
 
 
-@pytest.fixture(params=[Quiet, Ranged])
+@pytest.fixture(params=[WholeFiles, ByteRanges])
 def web(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(request.param, directory=str(tmp_path / "web"))
     )
-    server.handle_error = lambda *_: None  # type: ignore[method-assign] # a reader that has enough hangs up
+    # A reader hangs up when it has enough.
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
     thread.join()
-    assert request.param is Quiet or Ranged.parts_sent
+    assert request.param is WholeFiles or ByteRanges.parts_sent
 
 
-def test_http(tmp_path: Path, web: str) -> None:
+def test_http_files_are_read(tmp_path: Path, web: str) -> None:
     lines = [f"line {number} of a file too long for one block" for number in range(200_000)]
-    written(tmp_path / "web" / "a.txt", "\n".join(lines))
-    written(tmp_path / "web" / "b.jsonl.gz", gzip.compress(b'{"text": "compressed"}\n'))
+    write_file(tmp_path / "web" / "a.txt", "\n".join(lines))
+    write_file(tmp_path / "web" / "b.jsonl.gz", gzip.compress(b'{"text": "compressed"}\n'))
     inputs = [f"{web}/a.txt", f"{web}/b.jsonl.gz?download=true"]
     assert [
         text
@@ -267,21 +273,21 @@ def test_http(tmp_path: Path, web: str) -> None:
         ("hub:./nothing_here", "hub:./nothing_here cannot be opened"),
     ],
 )
-def test_what_cannot_be_reached_is_named(url: str, message: str, nobody: str) -> None:
+def test_unreachable_input_error_names_the_cause(url: str, message: str, closed_url: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_files([url.replace("NOBODY", nobody)])
+        find_files([url.replace("NOBODY", closed_url)])
 
 
 # --- data sets
 
 
-def test_data_sets_of_the_hub_are_streamed_shard_by_shard(tmp_path: Path) -> None:
+def test_hub_dataset_is_streamed_by_shard(tmp_path: Path) -> None:
     for number in range(3):
         rows = "".join(
             json.dumps({"text": f"{number} {row}", "id": row}) + "\n" for row in range(4)
         )
-        written(tmp_path / "lines" / f"train-{number}.jsonl", rows)
-    written(tmp_path / "lines" / "test-0.jsonl", '{"text": "test"}\n{"text": null}\n')
+        write_file(tmp_path / "lines" / f"train-{number}.jsonl", rows)
+    write_file(tmp_path / "lines" / "test-0.jsonl", '{"text": "test"}\n{"text": null}\n')
     (file,) = find_files([f"hub:{tmp_path / 'lines'}"])
     assert file.size == len(pieces([file])) == 3
     assert (
@@ -335,7 +341,7 @@ def test_pieces_cover_every_byte_once_in_order(
         assert text <= piece_bytes or len(piece) == 1
 
 
-def test_many_small_files_come_together() -> None:
+def test_small_files_share_pieces() -> None:
     found = [File(f"{number}.txt", 10_000, "") for number in range(100_000)]
     cut_files = cut(found, splittable=lambda _: True)
     assert 60 < len(cut_files) < 70
@@ -344,8 +350,8 @@ def test_many_small_files_come_together() -> None:
     )
 
 
-def test_opening_in_the_middle(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+def test_file_opens_at_byte_offset(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe("/a.txt", b"0123456789")
-    for name in (str(written(tmp_path / "a.txt", "0123456789")), "memory://a.txt"):
+    for name in (str(write_file(tmp_path / "a.txt", "0123456789")), "memory://a.txt"):
         with open_file(find_files([name])[0], 4) as content:
             assert content.read() == b"456789"

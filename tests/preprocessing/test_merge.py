@@ -1,6 +1,4 @@
-"""Pieces become shards: equal documents once if that is asked for, and all of it again after a
-merge that broke off.
-"""
+"""Tests of the merge of pieces into shards, with deduplication and after interruptions."""
 
 import math
 import tracemalloc
@@ -18,14 +16,14 @@ from kantai.preprocessing.files import find_files
 from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
-from tests.helpers.files import content, texts_of
+from tests.helpers.files import file_contents, split_documents
 
 MakeJob = Callable[..., Job]
 EOS = 2
 
 
-def test_unigram_entropy(shards_dir: Path) -> None:
-    """In nats a token, of the frequencies of all but ``</s>``."""
+def test_manifest_holds_unigram_entropy(shards_dir: Path) -> None:
+    """The entropy is in nats per token, over all tokens but ``</s>``."""
     shards = open_shards(shards_dir)
     for split in SPLITS:
         tokens = np.concatenate([shard.tokens for shard in shards.splits[split]])
@@ -45,7 +43,7 @@ def test_unigram_entropy(shards_dir: Path) -> None:
         ("one\n", 1.0, "must lie between 0 and 1"),
     ],
 )
-def test_what_gives_no_two_splits_is_refused_and_leaves_nothing(
+def test_input_without_two_splits_is_refused(
     tmp_path: Path, tokenizer_dir: Path, text: str, share: float, message: str
 ) -> None:
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
@@ -64,12 +62,15 @@ def test_what_gives_no_two_splits_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
 
 
-def test_a_merge_waits_for_all_parts(make_job: MakeJob) -> None:
+def test_merge_needs_all_parts(make_job: MakeJob) -> None:
     job = make_job("shards")
     tokenize(job, part=1, parts=2, processes=1)
     with pytest.raises(
         UserError,
-        match=rf"{len(job.pieces[::2])} of {len(job.pieces)} pieces are not tokenized yet \(0, 2, 4, ",
+        match=(
+            rf"{len(job.pieces[::2])} of {len(job.pieces)} pieces "
+            r"are not tokenized yet \(0, 2, 4, "
+        ),
     ):
         merge(job)
     assert not job.output.exists()
@@ -80,10 +81,11 @@ def test_a_merge_waits_for_all_parts(make_job: MakeJob) -> None:
 
 @pytest.mark.parametrize("unique", [False, True])
 @pytest.mark.parametrize("step", ["write_shard", "publish", "manifest_entry"])
-def test_a_merge_that_broke_off_is_done_again(
+def test_interrupted_merge_is_redone(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, unique: bool, step: str
 ) -> None:
-    whole, broken = make_job("whole", unique=unique), make_job("broken", unique=unique)
+    whole = make_job("whole", unique=unique)
+    broken = make_job("broken", unique=unique)
     for job in (whole, broken):
         tokenize(job, processes=1)
     merge(whole)
@@ -98,27 +100,25 @@ def test_a_merge_that_broke_off_is_done_again(
                 merge(broken)
             assert not broken.output.exists()
     merge(broken)
-    assert content(broken.output) == content(whole.output)
+    assert file_contents(broken.output) == file_contents(whole.output)
 
 
 @pytest.mark.parametrize("bucket", [1 << 22, 50])
-def test_of_equal_documents_the_first_stays(
+def test_deduplication_keeps_first_document(
     make_job: MakeJob, tmp_path: Path, bucket: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizing, "_BUCKET_DOCUMENTS", bucket)
     lines = [f"this is line {number * number % 700}" for number in range(3000)]
     text = tmp_path / "a.txt"
     text.write_text("\n".join(lines), encoding="utf-8")
-    every, once = (
-        make_job("every", piece_bytes=6000, files=[text]),
-        make_job("once", piece_bytes=6000, files=[text], unique=True),
-    )
+    every = make_job("every", piece_bytes=6000, files=[text])
+    once = make_job("once", piece_bytes=6000, files=[text], unique=True)
     manifests = []
     for job in (every, once):
         tokenize(job, processes=1)
         manifests.append(merge(job))
     for split in SPLITS:
-        repeated, unique = (texts_of(job.output, split) for job in (every, once))
+        repeated, unique = (split_documents(job.output, split) for job in (every, once))
         assert unique == list(dict.fromkeys(repeated)) and len(unique) < len(repeated) / 3
         assert manifests[1]["splits"][split]["documents"] == len(unique)
         assert manifests[1]["splits"][split]["tokens"] == sum(map(len, unique))
@@ -130,13 +130,11 @@ def test_of_equal_documents_the_first_stays(
     assert (
         open_shards(once.output).token_counts().sum(0)[: len(counted)].tolist() == counted.tolist()
     )
-    assert (
-        manifests[1]["report"]["duplicates"] == 3000 - len(set(lines))
-        and manifests[0]["report"]["duplicates"] == 0
-    )
+    assert manifests[1]["report"]["duplicates"] == 3000 - len(set(lines))
+    assert manifests[0]["report"]["duplicates"] == 0
 
 
-def test_counting_a_shard_takes_less_memory_than_the_shard() -> None:
+def test_token_count_takes_less_memory_than_shard() -> None:
     tokens = np.arange(SHARD_TOKENS).astype(np.uint16) % 1000
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -147,11 +145,13 @@ def test_counting_a_shard_takes_less_memory_than_the_shard() -> None:
     assert most < tokens.nbytes / 4
 
 
-def test_a_merge_forgets_what_another_one_left(
+def test_merge_ignores_leftovers_of_other_merge(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while it left out documents, and then asked to keep them."""
-    unique, every, whole = make_job("shards", unique=True), make_job("shards"), make_job("whole")
+    """A merge with deduplication breaks off; the next merge keeps duplicates."""
+    unique = make_job("shards", unique=True)
+    every = make_job("shards")
+    whole = make_job("whole")
     tokenize(unique, processes=1)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizing, "publish", lambda *_, **__: 1 / 0)
@@ -160,4 +160,4 @@ def test_a_merge_forgets_what_another_one_left(
     for job in (every, whole):
         tokenize(job, processes=1)
         merge(job)
-    assert content(every.output) == content(whole.output)
+    assert file_contents(every.output) == file_contents(whole.output)

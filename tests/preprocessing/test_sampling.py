@@ -1,6 +1,4 @@
-"""A sample is a fixed part of a corpus in which every part of it is in proportion, and the rest
-shares no document with it.
-"""
+"""Tests that a sample is fixed and in proportion, and shares no document with the rest."""
 
 import gzip
 import lzma
@@ -23,13 +21,13 @@ COMPRESSORS = {
 
 
 def lines(name: str, number: int) -> list[str]:
-    """Of 32 bytes each, and no two alike, also when they are compressed."""
+    """Return different lines of 32 bytes each that compress badly."""
     return [f"{name} {index * 2654435761 % 2**32:013d} {index:08d}" for index in range(number)]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
-    """20 MB in one large file, small ones, a compressed one and Parquet."""
+    """Write 20 MB: a large file, small files, a compressed file and a Parquet file."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "large.txt").write_text("\n".join(lines("large", 250_000)))
     for number in range(100):
@@ -46,6 +44,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
 def drawn(
     files: list[File], sample_bytes: int, seed: int = 0
 ) -> tuple[Sample, list[str], list[str]]:
+    """Return a sample, its documents, and the documents of the rest."""
     samples = draw_samples(
         files,
         sample_bytes,
@@ -58,7 +57,7 @@ def drawn(
     return samples[0], sample, rest
 
 
-def test_every_part_is_drawn_in_proportion(corpus: list[File]) -> None:
+def test_sample_draws_every_file_in_proportion(corpus: list[File]) -> None:
     whole = Counter(text[:4] for piece in pieces(corpus) for text in documents(piece))
     total = sum(file.text_bytes for file in corpus)
     sample, texts, _ = drawn(corpus, 8 * MIB)
@@ -71,7 +70,7 @@ def test_every_part_is_drawn_in_proportion(corpus: list[File]) -> None:
 
 
 @pytest.mark.slow
-def test_the_rest_shares_no_document_with_the_sample(corpus: list[File]) -> None:
+def test_rest_shares_no_document_with_sample(corpus: list[File]) -> None:
     for seed in range(4):
         _, sample, rest = drawn(corpus, (8 + seed * 3) * MIB, seed)
         assert rest
@@ -80,12 +79,12 @@ def test_the_rest_shares_no_document_with_the_sample(corpus: list[File]) -> None
 
 
 @pytest.mark.slow
-def test_a_seed_draws_one_sample(corpus: list[File]) -> None:
+def test_seed_determines_sample(corpus: list[File]) -> None:
     assert drawn(corpus, 4 * MIB)[1:] == drawn(corpus, 4 * MIB)[1:]
     assert drawn(corpus, 4 * MIB)[1] != drawn(corpus, 4 * MIB, seed=1)[1]
 
 
-def test_a_corpus_no_larger_than_the_sample_is_used_whole(corpus: list[File]) -> None:
+def test_corpus_below_sample_size_is_used_whole(corpus: list[File]) -> None:
     _, texts, rest = drawn(corpus, 64 * MIB)
     assert texts == [text for piece in pieces(corpus) for text in documents(piece)]
     assert set(rest) < set(texts)
@@ -95,7 +94,7 @@ def test_a_corpus_no_larger_than_the_sample_is_used_whole(corpus: list[File]) ->
 @pytest.mark.parametrize(
     ("number", "length", "sample_bytes"), [(400, 400, 2 * MIB), (20, 28_000, 8 * MIB)]
 )
-def test_of_small_files_that_cannot_be_cut_no_more_is_drawn(
+def test_uncut_small_files_do_not_overfill_sample(
     tmp_path: Path, number: int, length: int, sample_bytes: int
 ) -> None:
     for index in range(number):
@@ -106,23 +105,22 @@ def test_of_small_files_that_cannot_be_cut_no_more_is_drawn(
     assert set(rest).isdisjoint(texts)
 
 
-def repeated(name: str, number: int) -> list[str]:
-    """Of 64 bytes each, which compress well."""
+def compressible_lines(name: str, number: int) -> list[str]:
+    """Return lines of 64 bytes each that compress well."""
     return [f"{name} {'the same again and ' * 2}{index:021d}" for index in range(number)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "txt.gz", "txt.xz", "txt.zst"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(
+def test_sample_covers_well_compressed_files_evenly(
     tmp_path: Path, suffix: str, share: float
 ) -> None:
-    """Also where all that is stored is less than the sample, and where the files' ends would come
-    after it is full.
-    """
+    """The stored bytes may be fewer than the sample's, and files may be longer than it needs."""
     number = 60_000
     for name in "0123":
-        content, path = repeated(name, number), tmp_path / f"{name}.{suffix}"
+        content = compressible_lines(name, number)
+        path = tmp_path / f"{name}.{suffix}"
         if suffix == "parquet":
             pq.write_table(
                 pa.table({"text": content}), path, compression="zstd", row_group_size=10_000
@@ -131,11 +129,10 @@ def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(
             path.write_bytes(COMPRESSORS[suffix.removeprefix("txt.")]("\n".join(content).encode()))
     files = find_files([str(tmp_path)])
     stored = sum(file.text_bytes for file in files)
-    assert stored < 3 * number * 64  # a quarter less than there is, or more
+    assert stored < 3 * number * 64  # at least a quarter less than the text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "kantai.preprocessing.sampling.MIB", 1 << 14
-        )  # files of some size, as to the sample
+        # A smaller unit makes these files large relative to the sample.
+        patch.setattr("kantai.preprocessing.sampling.MIB", 1 << 14)
         sample, texts, rest = drawn(files, int(share * stored))
     assert sample.bytes == pytest.approx(share * stored, rel=0.1)
     for some in (texts, rest):
@@ -144,15 +141,15 @@ def test_however_much_text_is_stored_in_a_byte_all_of_every_file_is_drawn_from(
     assert set(rest).isdisjoint(texts)
 
 
-def test_a_corpus_that_is_less_than_the_sample_is_used_whole_however_it_is_stored(
+def test_well_compressed_corpus_is_used_whole(
     tmp_path: Path,
 ) -> None:
-    content = repeated("0", 60_000)
+    content = compressible_lines("0", 60_000)
     pq.write_table(pa.table({"text": content}), tmp_path / "a.parquet", compression="zstd")
     assert drawn(find_files([str(tmp_path)]), 5 * MIB)[1] == content
 
 
-def test_a_little_of_a_large_compressed_file_is_not_sought_at_its_end(tmp_path: Path) -> None:
+def test_small_sample_skips_end_of_large_compressed_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(
         gzip.compress("\n".join(lines("begin", 100_000) * 18).encode(), 1) + b"damaged"

@@ -1,6 +1,4 @@
-"""A text to start with, whatever the network does: answers, lies, drips, breaks off, or is not
-there.
-"""
+"""Tests of the starter corpus with a good network, a bad network, and none."""
 
 import contextlib
 import hashlib
@@ -46,7 +44,7 @@ PAGES = {
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves PAGES, and pages that go wrong on the way."""
+    """Serves ``PAGES``, and pages that break off or arrive slowly."""
 
     def do_GET(self) -> None:
         if self.path == "/truncated.txt":
@@ -70,15 +68,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def drip(self) -> None:
-        """A byte every 20 ms, so that no single read ever times out: in half a minute all of it has
-        come.
-        """
+        """Send a byte every 20 ms for 30 seconds, so that no single read times out."""
         for _ in range(SLOW_BYTES):
             self.wfile.write(b"x")
             time.sleep(0.02)
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError):  # the client had enough
+        with contextlib.suppress(OSError):  # the client may hang up
             super().handle()
 
     def log_message(self, *_: object) -> None:
@@ -101,13 +97,13 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def test_first_source_that_answers_is_taken(server: str) -> None:
+def test_first_working_source_is_used(server: str) -> None:
     text, urls = fetch([[f"{server}/kant.txt"], [f"{server}/one.txt"]], BOUNDS)
     assert text == KANT.replace("\r\n", "\n")
     assert urls == [f"{server}/kant.txt"]
 
 
-def test_second_source_is_joined_from_books_without_their_licences(server: str) -> None:
+def test_books_are_joined_without_licences(server: str) -> None:
     books = [f"{server}/{name}.txt" for name in ("one", "two", "three")]
     text, urls = fetch([[f"{server}/missing.txt"], books], BOUNDS)
     assert text.split("\n\n") == [
@@ -117,7 +113,7 @@ def test_second_source_is_joined_from_books_without_their_licences(server: str) 
     assert urls == books
 
 
-def test_a_source_with_one_book_missing_is_not_taken(server: str) -> None:
+def test_source_with_missing_book_is_skipped(server: str) -> None:
     text, urls = fetch(
         [[f"{server}/one.txt", f"{server}/missing.txt"], [f"{server}/kant.txt"]], BOUNDS
     )
@@ -135,22 +131,22 @@ def test_a_source_with_one_book_missing_is_not_taken(server: str) -> None:
         ("truncated", "2000 bytes of the 5000 announced"),
     ],
 )
-def test_what_is_no_text_is_refused_with_the_reason(server: str, page: str, reason: str) -> None:
+def test_bad_page_is_refused_with_reason(server: str, page: str, reason: str) -> None:
     with pytest.raises(FetchError, match=f"/{page}.txt: {reason}"):
         fetch([[f"{server}/{page}.txt"]], BOUNDS)
 
 
 @pytest.mark.parametrize("page", ["drip", "drip_header"])
-def test_deadline_holds_against_a_server_that_drips(server: str, page: str) -> None:
+def test_deadline_ends_slow_download(server: str, page: str) -> None:
     with pytest.raises(FetchError, match=f"/{page}.txt"):
         fetch([[f"{server}/{page}.txt"]], BOUNDS, timeout_seconds=0.3)
 
 
-def test_every_failed_source_is_listed(server: str, nobody: str) -> None:
+def test_error_lists_every_failed_source(server: str, closed_url: str) -> None:
     with pytest.raises(
-        FetchError, match=rf"{nobody}/x: .*refused.*; {server}/small\.txt: 25 bytes"
+        FetchError, match=rf"{closed_url}/x: .*refused.*; {server}/small\.txt: 25 bytes"
     ):
-        fetch([[f"{nobody}/x"], [f"{server}/small.txt"]], BOUNDS)
+        fetch([[f"{closed_url}/x"], [f"{server}/small.txt"]], BOUNDS)
 
 
 def test_kant_is_written_with_prompts_and_source(server: str, tmp_path: Path) -> None:
@@ -164,18 +160,16 @@ def test_kant_is_written_with_prompts_and_source(server: str, tmp_path: Path) ->
     }
 
 
-def test_kant_asked_for_and_not_to_be_had_is_an_error(nobody: str, tmp_path: Path) -> None:
+def test_unreachable_kant_corpus_is_an_error(closed_url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the corpus kant could not be fetched"):
-        write_starter(tmp_path, "kant", lambda: fetch([[f"{nobody}/x"]]))
+        write_starter(tmp_path, "kant", lambda: fetch([[f"{closed_url}/x"]]))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: Path) -> None:
-    """And one Python version gives one text: a process with other hashes in another folder writes
-    the same bytes.
-    """
-    said = write_starter(tmp_path, "auto", lambda: fetch([[f"{nobody}/x"]]))
+def test_starter_falls_back_to_python_docs(closed_url: str, tmp_path: Path) -> None:
+    """A process with another hash seed in another folder writes the same bytes."""
+    said = write_starter(tmp_path, "auto", lambda: fetch([[f"{closed_url}/x"]]))
     assert said.startswith("corpus: python-docs, as kant could not be fetched") and "\n" not in said
     assert json.loads((tmp_path / "source.json").read_text())["name"] == "python-docs"
     assert json.loads((tmp_path / "prompts.json").read_text()) == PROMPTS["python-docs"]
@@ -183,7 +177,10 @@ def test_without_a_network_there_is_a_text_all_the_same(nobody: str, tmp_path: P
     assert 1_000_000 < len(corpus) < 5_000_000
     assert b"\n\n" in corpus and b"\0" not in corpus
 
-    code = "import hashlib; from kantai.preprocessing.starter_corpus import python_docs; print(hashlib.sha256(python_docs().encode()).hexdigest())"
+    code = (
+        "import hashlib; from kantai.preprocessing.starter_corpus import python_docs; "
+        "print(hashlib.sha256(python_docs().encode()).hexdigest())"
+    )
     ran = run_python(code, cwd=tmp_path, PYTHONHASHSEED="7")
     assert (ran.stdout, ran.stderr) == (f"{hashlib.sha256(corpus).hexdigest()}\n", "")
 

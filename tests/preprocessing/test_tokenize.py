@@ -1,4 +1,4 @@
-"""A corpus becomes the same shards to the byte, however the work is divided."""
+"""Tests that a corpus gives the same bytes of shards for every division of the work."""
 
 import os
 import shutil
@@ -16,32 +16,30 @@ from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
-from tests.helpers.files import content, texts_of
+from tests.helpers.files import file_contents, split_documents
 
 MakeJob = Callable[..., Job]
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
 
 
-def test_a_text_lands_in_the_same_split_whatever_else_there_is(
-    tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_split_of_text_depends_on_text_alone(tmp_path: Path, tokenizer_dir: Path) -> None:
     def held_out(name: str, texts: list[str], share: float = 0.25) -> set[tuple[int, ...]]:
         (tmp_path / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
         cut = pieces(find_files([str(tmp_path / f"{name}.txt")]), "line", 3000)
         job = Job(cut, "line", "text", tokenizer_dir, tmp_path / name, {}, share)
         tokenize(job, processes=1)
         merge(job)
-        return set(texts_of(job.output, "held_out"))
+        return set(split_documents(job.output, "held_out"))
 
     every = held_out("all", TEXTS)
     assert held_out("backwards", TEXTS[::-1]) == every
     assert held_out("doubled", TEXTS + TEXTS) == every
     assert held_out("half", TEXTS[::2]) < every
     assert held_out("more", TEXTS, share=0.5) > every
-    assert 60 < len(every) < 140  # a quarter of 400, within 4.6 standard errors
+    assert 60 < len(every) < 140  # 100 of 400 expected, within 4.6 standard errors
 
 
-def test_output_that_exists_is_refused_and_left_alone(
+def test_existing_output_is_refused_and_unchanged(
     tmp_path: Path, shards_dir: Path, corpus_file: Path, tokenizer_dir: Path
 ) -> None:
     shutil.copytree(shards_dir, tmp_path / "shards")
@@ -53,7 +51,7 @@ def test_output_that_exists_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_only_from_shards_of_ours_pieces_are_tidied_up(
+def test_pieces_are_removed_only_from_kantai_shards(
     tmp_path: Path, shards_dir: Path, corpus_file: Path, tokenizer_dir: Path, ours: bool
 ) -> None:
     shutil.copytree(shards_dir if ours else tokenizer_dir, tmp_path / "output")
@@ -73,9 +71,7 @@ def test_only_from_shards_of_ours_pieces_are_tidied_up(
 
 
 @pytest.mark.parametrize("unique", [False, True])
-def test_any_number_of_processes_and_parts_gives_the_same_bytes(
-    make_job: MakeJob, unique: bool
-) -> None:
+def test_processes_and_parts_give_the_same_bytes(make_job: MakeJob, unique: bool) -> None:
     alone = make_job("alone", unique=unique)
     assert len(alone.pieces) > 10
     tokenize(alone, processes=1)
@@ -91,7 +87,11 @@ def test_any_number_of_processes_and_parts_gives_the_same_bytes(
         tokenize(in_parts, part=part, parts=3, processes=processes)
     merge(in_parts)
 
-    assert content(alone.output) == content(together.output) == content(in_parts.output)
+    assert (
+        file_contents(alone.output)
+        == file_contents(together.output)
+        == file_contents(in_parts.output)
+    )
     assert {path.name for path in alone.output.parent.iterdir()} == {
         "alone",
         "together",
@@ -99,7 +99,7 @@ def test_any_number_of_processes_and_parts_gives_the_same_bytes(
     }
 
 
-def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path) -> None:
+def test_only_changed_pieces_are_tokenized_again(make_job: MakeJob, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.txt" for number in range(4)]
     for number, file in enumerate(files):
         file.write_text(
@@ -128,17 +128,16 @@ def test_only_what_changed_is_tokenized_again(make_job: MakeJob, tmp_path: Path)
 
     other = replace(make_job("other", piece_bytes=5000, files=files), held_out_share=0.2)
     tokenize(make_job("other", piece_bytes=5000, files=files), processes=1)
-    tokenize(other, processes=1)  # another share: everything
+    tokenize(other, processes=1)  # another held-out share redoes all pieces
     assert (
         merge(other)["splits"]["held_out"]["documents"]
         > 1.5 * open_shards(job.output).manifest["splits"]["held_out"]["documents"]
     )
 
 
-def test_bad_input_keeps_what_is_done_and_names_the_place(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
-    good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+def test_bad_input_keeps_finished_pieces(make_job: MakeJob, tmp_path: Path) -> None:
+    good = tmp_path / "a.jsonl"
+    bad = tmp_path / "b.jsonl"
     good.write_text('{"text": "one"}\n' * 1000, encoding="utf-8")
     bad.write_text('{"text": "one"}\n' * 100 + "{\n", encoding="utf-8")
     job = replace(
@@ -156,15 +155,17 @@ def test_bad_input_keeps_what_is_done_and_names_the_place(
         ({"part": -1}, "--part -1 must be one of 0 to 0"),
     ],
 )
-def test_parts_are_counted_from_0(
+def test_part_out_of_range_is_refused(
     make_job: MakeJob, arguments: dict[str, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         tokenize(make_job("shards"), **arguments)
 
 
-def test_one_part_of_one_is_a_part(make_job: MakeJob, tmp_path: Path, corpus_file: Path) -> None:
-    """As in an array that turned out to have a single task."""
+def test_single_part_still_needs_merge(
+    make_job: MakeJob, tmp_path: Path, corpus_file: Path
+) -> None:
+    """A job array may have a single task."""
     where = [
         "--input",
         corpus_file,
@@ -180,7 +181,7 @@ def test_one_part_of_one_is_a_part(make_job: MakeJob, tmp_path: Path, corpus_fil
     assert open_shards(tmp_path / "shards").manifest["splits"]["train"]["documents"]
 
 
-def test_processes_name_a_missing_tokenizer(make_job: MakeJob, tmp_path: Path) -> None:
+def test_worker_processes_report_missing_tokenizer(make_job: MakeJob, tmp_path: Path) -> None:
     job = replace(make_job("shards"), tokenizer=tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no tokenizer at .*nothing"):
         tokenize(job, processes=2)

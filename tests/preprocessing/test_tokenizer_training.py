@@ -1,4 +1,4 @@
-"""The same text gives the same tokenizer, and its words become entries."""
+"""Tests that training is deterministic and makes frequent words entries."""
 
 import filecmp
 import json
@@ -23,10 +23,10 @@ def read(path: Path, unit: Unit) -> Iterator[str]:
     )
 
 
-# The five words have 22 joints between letters, each of which becomes an entry beside the specials
-# and bytes.
+# The five words have 22 joints between letters. Each joint becomes an entry after the 261 special
+# tokens and bytes.
 FREQUENT = ["The Critique of Pure Reason. Critique of Reason, of Pure Reason."] * 20
-# The tutorial's own text and what training on it gave, where KANTAI_CORPUS names the file.
+# The tutorial's corpus and its vocabulary size, where KANTAI_CORPUS names the file.
 KANT = (
     [(read(Path(os.environ["KANTAI_CORPUS"]), "line"), 11_565)]
     if "KANTAI_CORPUS" in os.environ
@@ -34,9 +34,7 @@ KANT = (
 )
 
 
-def test_two_trainings_give_the_same_files(
-    tmp_path: Path, tokenizer_dir: Path, corpus_file: Path
-) -> None:
+def test_training_is_deterministic(tmp_path: Path, tokenizer_dir: Path, corpus_file: Path) -> None:
     save_tokenizer(train_tokenizer(read(corpus_file, "paragraph"), 1000, 2), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
@@ -44,7 +42,7 @@ def test_two_trainings_give_the_same_files(
 
 
 @pytest.mark.parametrize(("texts", "entries"), [(FREQUENT, 261 + 22), *KANT])
-def test_words_of_the_corpus_become_one_token_each(texts: Iterable[str], entries: int) -> None:
+def test_frequent_words_become_one_token(texts: Iterable[str], entries: int) -> None:
     tokenizer = train_tokenizer(texts, 52_000, 2)
     assert tokenizer.get_vocab_size() == entries
     assert (
@@ -53,22 +51,21 @@ def test_words_of_the_corpus_become_one_token_each(texts: Iterable[str], entries
     )
 
 
-def test_small_corpus_fills_fewer_entries_than_allowed() -> None:
-    assert (
-        train_tokenizer(["abab"], 52_000, 2).get_vocab_size() == 262
-    )  # and every byte is there, seen or not
+def test_small_corpus_yields_smaller_vocabulary() -> None:
+    # The vocabulary has all bytes, including those that the corpus lacks.
+    assert train_tokenizer(["abab"], 52_000, 2).get_vocab_size() == 262
     assert train_tokenizer(["abab"], 52_000, 3).get_vocab_size() == 261
 
 
 @pytest.mark.parametrize(("vocab_size", "min_frequency"), [(260, 2), (0, 2), (-1, 2), (1000, 0)])
-def test_numbers_that_cannot_be_are_refused(vocab_size: int, min_frequency: int) -> None:
+def test_impossible_vocabulary_settings_are_refused(vocab_size: int, min_frequency: int) -> None:
     with pytest.raises(
         UserError, match=r"--vocab_size .* is too small|--min_frequency 0 must be at least 1"
     ):
         train_tokenizer(["text"], vocab_size, min_frequency)
 
 
-def test_coverage(tokenizer_dir: Path) -> None:
+def test_coverage_counts_words_bytes_and_entries(tokenizer_dir: Path) -> None:
     vocabulary = load_tokenizer(tokenizer_dir)
     seen = coverage(vocabulary, ["return the object", "return 純"])
     tokens = vocabulary.encode(["return the object", "return 純"])[1].sum()
@@ -81,9 +78,7 @@ def test_coverage(tokenizer_dir: Path) -> None:
     assert coverage(vocabulary, [])["bytes"] == 0
 
 
-def test_processes_train_the_same_tokenizer_on_any_number_of_threads(
-    tmp_path: Path, corpus_file: Path
-) -> None:
+def test_thread_count_does_not_change_tokenizer(tmp_path: Path, corpus_file: Path) -> None:
     text = corpus_file.read_text(encoding="utf-8")
     (tmp_path / "corpus.txt").write_text(
         "".join(f"{text}part {number}\n" for number in range(8)), encoding="utf-8"

@@ -1,6 +1,4 @@
-"""Nothing half-written: a folder is there whole and verified, or not at all, whenever the process
-that writes it dies.
-"""
+"""Tests that a sealed folder appears whole and verified or not at all, even after a kill."""
 
 import os
 import signal
@@ -26,7 +24,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
+def test_folder_appears_when_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "new" / "parents" / "model"
     with staged(target, kind="test", about="ä") as folder:
         (folder / "deep").mkdir()
@@ -52,8 +50,8 @@ def test_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o027, 0o077])
-def test_files_get_the_rights_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
-    """safetensors makes files that their owner alone may read."""
+def test_files_get_umask_permissions(tmp_path: Path, umask: int) -> None:
+    """safetensors makes files that only their owner may read."""
     before = os.umask(umask)
     try:
         with staged(tmp_path / "model") as folder:
@@ -65,21 +63,21 @@ def test_files_get_the_rights_that_the_umask_gives(tmp_path: Path, umask: int) -
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
-def test_failure_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_failed_block_leaves_no_files(tmp_path: Path, failure: type[BaseException]) -> None:
     with pytest.raises(failure), staged(tmp_path / "model") as folder:
         (folder / "a").write_text("half")
         raise failure
     assert names(tmp_path) == []
 
 
-def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
+def test_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     target = seal(tmp_path / "model", a="first")
     with pytest.raises(UserError, match="model exists already; remove it or choose another output"):
         seal(target, a="second")
     assert (target / "a").read_text() == "first" and names(tmp_path) == ["model"]
 
 
-def test_sigkill_leaves_a_hidden_folder_that_the_next_attempt_removes(tmp_path: Path) -> None:
+def test_next_attempt_removes_folder_of_killed_one(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal
 from kantai.storage.atomic import staged
@@ -93,7 +91,7 @@ with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["a", "manifest.json"]
 
 
-def test_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_is_one_line_error(tmp_path: Path) -> None:
     """/dev/full answers every write as a full disk does."""
     code = f"""
 import pathlib
@@ -138,7 +136,7 @@ def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
-def be_a_folder(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
@@ -149,7 +147,7 @@ def be_a_folder(path: Path) -> None:
         (flip_a_bit, "fails its checksum", False),
         (append, "has 6 bytes, not 5", True),
         (Path.unlink, "is missing", True),
-        (be_a_folder, "is missing", True),
+        (replace_by_folder, "is missing", True),
     ],
 )
 def test_damaged_file_is_named(

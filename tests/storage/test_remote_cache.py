@@ -1,5 +1,6 @@
-"""Remote files arrive whole or not at all, once a node, whatever the network, the processes and the
-folder's size do to them.
+"""Tests that remote files arrive whole or not at all, once a node.
+
+The tests cover bad networks, parallel and killed processes, and full caches.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ def read(file):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves what is in ``contents``, as badly as ``fault`` says, and counts what it is asked for."""
+    """Serves ``contents`` with the faults that ``fault`` returns, and counts requests by path."""
 
     daemon_threads = True
 
@@ -53,7 +54,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.contents: dict[str, bytes] = {}
         self.fault: Callable[[], str] = lambda: ""
         self.asked: Counter[str] = Counter()
-        self.pause_seconds = 0.06  # of a slow answer, eight times
+        self.pause_seconds = 0.06  # before each eighth of a slow answer
         self.held = threading.Event()
         self.closing = threading.Event()
 
@@ -62,7 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
         return RemoteFile(name, size, hashlib.sha256(content).hexdigest())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are what is tested."""
+        """Ignore clients that hang up: tests make them do so."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -71,14 +72,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked[self.path] += 1
-        fault, content = self.server.fault(), self.server.contents.get(self.path)
+        fault = self.server.fault()
+        content = self.server.contents.get(self.path)
         if fault.isdigit() or content is None:
             self._answer(int(fault or 404), b"no")
         elif fault == "wrong":
             self._answer(200, bytes([content[0] ^ 1]) + content[1:])
         elif fault == "short":
             self._answer(200, content[:-1])
-        elif fault == "slow":  # but never still
+        elif fault == "slow":  # slow, but never stalled
             self._answer(200, content, sent=0)
             for start in range(0, len(content), len(content) // 8):
                 time.sleep(self.server.pause_seconds)
@@ -118,7 +120,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[s3fs.S3FileSystem]:
-    """An S3 server that drivers find as users let them find theirs: by the environment."""
+    """Start an S3 server; drivers find it by environment variables, as users set them."""
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
@@ -151,8 +153,8 @@ def arrives(cache: Cache, file: RemoteFile) -> bool:
     return hashlib.sha256(content_of(cache, file)).hexdigest() == file.sha256
 
 
-def kept(folder: Path) -> set[str]:
-    """Hashes of the whole files in a cache."""
+def whole_files(folder: Path) -> set[str]:
+    """Return the hashes of the whole files in a cache."""
     return {path.name for path in folder.glob("*/*") if len(path.name) == 64}
 
 
@@ -160,8 +162,8 @@ def partials(folder: Path) -> list[Path]:
     return list(folder.glob("*/*.partial"))
 
 
-def until_idle(before: set[threading.Thread]) -> None:
-    """Return when no thread that a cache has started since is at work."""
+def wait_until_idle(before: set[threading.Thread]) -> None:
+    """Wait until the cache's threads that are not in ``before`` have ended."""
     wait_until(
         lambda: (
             not [
@@ -173,7 +175,7 @@ def until_idle(before: set[threading.Thread]) -> None:
     )
 
 
-def child(
+def start_child(
     code: str, url: str, folder: Path, files: list[RemoteFile], launcher: Sequence[str] = ()
 ) -> Program:
     job = json.dumps([url, str(folder), [[file.name, file.size, file.sha256] for file in files]])
@@ -183,12 +185,12 @@ def child(
     )
 
 
-def ended_well(program: Program) -> None:
-    assert program.ended() == 0, program.report()
+def assert_ends_well(program: Program) -> None:
+    assert program.wait_for_end() == 0, program.report()
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file", "http", "s3"])
-def test_files_of_any_url_are_fetched_once(
+def test_remote_files_are_fetched_once(
     scheme: str, tmp_path: Path, server: Server, s3: s3fs.S3FileSystem
 ) -> None:
     url = {
@@ -219,10 +221,10 @@ def test_files_of_any_url_are_fetched_once(
         cache.read_small(file.name)
 
 
-def test_a_large_object_written_in_parts_arrives(
+def test_s3_object_written_in_parts_arrives_whole(
     tmp_path: Path, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above a size, s3fs asks for parts of an object at the same time and writes them out of order."""
+    """s3fs requests the parts of a large object in parallel and writes them out of order."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {"default_block_size": 100_000})
     content = random.Random(1).randbytes(1_000_001)
     s3.pipe_file("bucket/large", content)
@@ -230,7 +232,7 @@ def test_a_large_object_written_in_parts_arrives(
     assert content_of(cache_of("s3://bucket", tmp_path), file) == content
 
 
-def test_everything_arrives_whole_from_a_bad_network(tmp_path: Path, server: Server) -> None:
+def test_files_arrive_whole_over_bad_network(tmp_path: Path, server: Server) -> None:
     files = [server.add(f"{number}.arrow") for number in range(16)]
     answers = [*FAULTS * 2, *[""] * 14]
     random.Random(7).shuffle(answers)
@@ -238,7 +240,7 @@ def test_everything_arrives_whole_from_a_bad_network(tmp_path: Path, server: Ser
     cache = cache_of(server.url, tmp_path, tries=12, stall_seconds=1.0)
     assert all(arrives(cache, file) for file in files)
     assert not answers
-    assert kept(tmp_path) == {file.sha256 for file in files} and not partials(tmp_path)
+    assert whole_files(tmp_path) == {file.sha256 for file in files} and not partials(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_everything_arrives_whole_from_a_bad_network(tmp_path: Path, server: Ser
         ("stall", "imeout"),
     ],
 )
-def test_what_never_arrives_is_named_after_all_tries(
+def test_failing_file_is_named_after_all_tries(
     tmp_path: Path, server: Server, fault: str, reason: str
 ) -> None:
     file = server.add("train-00000.arrow")
@@ -267,13 +269,13 @@ def test_what_never_arrives_is_named_after_all_tries(
         ).open(file)
     assert "\n" not in str(caught.value)
     assert server.asked == {f"/set/{file.name}": 3}
-    assert not kept(tmp_path) and not partials(tmp_path)
+    assert not whole_files(tmp_path) and not partials(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("status", "reason"), [("404", "FileNotFoundError"), ("403", "403"), ("401", "401")]
 )
-def test_what_is_not_there_or_not_for_us_is_asked_for_once(
+def test_missing_or_forbidden_file_is_not_retried(
     tmp_path: Path, server: Server, status: str, reason: str
 ) -> None:
     file = server.add("train-00000.arrow")
@@ -285,7 +287,7 @@ def test_what_is_not_there_or_not_for_us_is_asked_for_once(
         assert server.asked.total() == 1
 
 
-def test_no_right_to_an_object_is_told_from_a_passing_failure(
+def test_forbidden_s3_object_is_not_retried(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -296,10 +298,10 @@ def test_no_right_to_an_object_is_told_from_a_passing_failure(
         cache_of("s3://bucket", tmp_path).open(RemoteFile("a", 1, "0" * 64))
 
 
-def test_a_transfer_that_its_driver_never_ends_is_given_up(
+def test_stalled_transfer_is_abandoned(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here S3's driver waits for an hour."""
+    """The S3 driver's read timeout is an hour here."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 3600}})
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -310,26 +312,27 @@ def test_a_transfer_that_its_driver_never_ends_is_given_up(
     cache = cache_of("s3://bucket", tmp_path, stall_seconds=2.0)
     assert arrives(cache, RemoteFile("a", file.size, file.sha256))
     assert server.asked["/set/bucket/a"] >= 2
-    server.closing.set()  # what was given up goes on, and ruins nothing
-    until_idle(background)
-    assert kept(tmp_path) == {file.sha256} and arrives(
+    server.closing.set()  # the abandoned transfer continues and does no damage
+    wait_until_idle(background)
+    assert whole_files(tmp_path) == {file.sha256} and arrives(
         cache, RemoteFile("a", file.size, file.sha256)
     )
 
 
 class Slow(fsspec.AbstractFileSystem):
-    """Brings bytes in pieces. By the clock that the cache looks at, each takes half as long as a
-    transfer may stand still.
+    """Sends a file in eight parts, each in half of the time that a transfer may stall.
 
-    Time goes on here alone, and a piece comes when the one before has been seen: nothing depends on
-    how busy the machine is.
+    Only this class advances the cache's clock, and it sends a part after the cache has looked at
+    the part before. The test does not depend on the load of the machine.
     """
 
     protocol = "slow"
     cachable = False
-    stall_seconds = 0.04  # a quarter of which the cache waits between two looks
+    stall_seconds = 0.04  # the cache looks four times in this time
     content = random.Random(2).randbytes(SIZE)
-    now, looked, transfers = 0.0, threading.Event(), 0
+    now = 0.0
+    looked = threading.Event()
+    transfers = 0
 
     @classmethod
     def monotonic(cls) -> float:
@@ -342,13 +345,13 @@ class Slow(fsspec.AbstractFileSystem):
             for start in range(0, SIZE, SIZE // 8):
                 type(self).now += self.stall_seconds / 2
                 file.write(self.content[start : start + SIZE // 8])
-                for _ in range(2):  # the first may have begun before
+                for _ in range(2):  # the first look may precede the write
                     self.looked.clear()
                     assert self.looked.wait(MAX_SECONDS)
 
 
-def test_a_slow_transfer_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes longer than a transfer may stand still, and never does."""
+def test_slow_transfer_is_not_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transfer takes longer than it may stall, and never stalls."""
     fsspec.register_implementation("slow", Slow, clobber=True)
     monkeypatch.setattr(
         "kantai.storage.remote_cache.time",
@@ -375,7 +378,7 @@ def test_a_slow_transfer_is_not_given_up(tmp_path: Path, monkeypatch: pytest.Mon
         "a\n",
     ],
 )
-def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
+def test_unsafe_file_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="no plain path below it"):
         RemoteFile(name, 1, "0" * 64)
 
@@ -383,7 +386,7 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("size", "sha256"), [(-1, "0" * 64), (1, "../" * 21 + "0"), (1, "0" * 63), (1, "")]
 )
-def test_a_hash_that_leads_elsewhere_is_refused(size: int, sha256: str) -> None:
+def test_invalid_size_or_hash_is_refused(size: int, sha256: str) -> None:
     with pytest.raises(UserError, match="no file has"):
         RemoteFile("a", size, sha256)
 
@@ -395,12 +398,12 @@ def test_a_hash_that_leads_elsewhere_is_refused(size: int, sha256: str) -> None:
         ("nothing://set", "no kind that fsspec reads"),
     ],
 )
-def test_a_missing_driver_is_named(tmp_path: Path, url: str, missing: str) -> None:
+def test_missing_driver_is_named(tmp_path: Path, url: str, missing: str) -> None:
     with pytest.raises(UserError, match=f"cannot read {url}: .*{missing}"):
         Cache(url, tmp_path, PLENTY)
 
 
-def test_processes_of_a_node_fetch_a_file_once(tmp_path: Path, server: Server) -> None:
+def test_processes_fetch_each_file_once(tmp_path: Path, server: Server) -> None:
     files = [server.add(f"{number}.arrow") for number in range(3)]
     (tmp_path / "ready").mkdir()
     code = f"""
@@ -413,12 +416,12 @@ for file in files:
     read(file)
 """
     server.fault = lambda: "slow"
-    for process in [child(code, server.url, tmp_path / "cache", files) for _ in range(4)]:
-        ended_well(process)
+    for process in [start_child(code, server.url, tmp_path / "cache", files) for _ in range(4)]:
+        assert_ends_well(process)
     assert server.asked == {f"/set/{file.name}": 1 for file in files}
 
 
-def test_threads_of_a_process_fetch_a_file_once(tmp_path: Path, server: Server) -> None:
+def test_threads_fetch_each_file_once(tmp_path: Path, server: Server) -> None:
     file = server.add("a")
     server.fault = lambda: "slow"
     cache = cache_of(server.url, tmp_path)
@@ -430,37 +433,39 @@ def test_threads_of_a_process_fetch_a_file_once(tmp_path: Path, server: Server) 
     assert server.asked == {"/set/a": 1}
 
 
-def test_sigkill_in_mid_download_leaves_nothing_that_stays(tmp_path: Path, server: Server) -> None:
-    file, other = server.add("a"), server.add("b")
+def test_next_download_removes_killed_partial_file(tmp_path: Path, server: Server) -> None:
+    file = server.add("a")
+    other = server.add("b")
     server.fault = lambda: "stall" if server.asked.total() == 1 else ""
-    program = child("read(files[0])", server.url, tmp_path, [file])
+    program = start_child("read(files[0])", server.url, tmp_path, [file])
     wait_until(lambda: [path for path in partials(tmp_path) if path.stat().st_size > 0], program)
     program.kill_all()
-    assert len(partials(tmp_path)) == 1 and not kept(tmp_path)
+    assert len(partials(tmp_path)) == 1 and not whole_files(tmp_path)
     cache = cache_of(server.url, tmp_path)
     assert arrives(cache, other)
     assert not partials(tmp_path)
     assert arrives(cache, file)
 
 
-def test_a_download_under_way_is_left_alone(tmp_path: Path, server: Server) -> None:
-    slow, other = server.add("slow"), server.add("other")
+def test_running_download_is_left_alone(tmp_path: Path, server: Server) -> None:
+    slow = server.add("slow")
+    other = server.add("other")
     server.fault = lambda: "hold" if server.asked.total() == 1 else ""
-    program = child("read(files[0])", server.url, tmp_path, [slow])
+    program = start_child("read(files[0])", server.url, tmp_path, [slow])
     wait_until(lambda: partials(tmp_path), program)
     assert arrives(cache_of(server.url, tmp_path), other)
     assert len(partials(tmp_path)) == 1
     server.held.set()
-    ended_well(program)
-    assert kept(tmp_path) == {slow.sha256, other.sha256}
+    assert_ends_well(program)
+    assert whole_files(tmp_path) == {slow.sha256, other.sha256}
     assert server.asked == {"/set/slow": 1, "/set/other": 1}
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_forked_children_and_their_parent_go_on_reading(
+def test_forked_children_and_parent_keep_reading(
     scheme: str, tmp_path: Path, server: Server, s3: s3fs.S3FileSystem
 ) -> None:
-    """As the workers of a DataLoader are forked, in the middle of their parent's prefetching."""
+    """A DataLoader forks its workers while the parent prefetches."""
     files = [server.add(f"{number}") for number in range(12)]
     url = {"http": server.url, "s3": "s3://bucket/fork"}[scheme]
     for file in files if scheme == "s3" else []:
@@ -482,13 +487,13 @@ for worker in workers:
     assert worker.exitcode == 0, worker.exitcode
 read(files[11])
 """
-    ended_well(child(code, url, tmp_path, files))
-    assert kept(tmp_path) == {file.sha256 for file in files}
+    assert_ends_well(start_child(code, url, tmp_path, files))
+    assert whole_files(tmp_path) == {file.sha256 for file in files}
     if scheme == "http":
         assert server.asked == {f"/set/{file.name}": 1 for file in files}
 
 
-def test_a_lock_is_freed_though_a_forked_child_has_it_too(tmp_path: Path, server: Server) -> None:
+def test_lock_is_freed_despite_forked_child(tmp_path: Path, server: Server) -> None:
     file = server.add("a")
     server.fault = lambda: "hold"
     code = f"""
@@ -501,15 +506,13 @@ Path({str(tmp_path / "forked")!r}).touch()
 read(files[0])  # waits for the prefetching thread, which is of this process only
 worker.kill()
 """
-    program = child(code, server.url, tmp_path / "cache", [file])
+    program = start_child(code, server.url, tmp_path / "cache", [file])
     wait_until((tmp_path / "forked").exists, program)
     server.held.set()
-    ended_well(program)
+    assert_ends_well(program)
 
 
-def test_the_least_recently_used_are_evicted_under_the_limit(
-    tmp_path: Path, server: Server
-) -> None:
+def test_least_recently_used_files_are_evicted(tmp_path: Path, server: Server) -> None:
     files = [server.add(str(number)) for number in range(6)]
     hashes = [file.sha256 for file in files]
     (tmp_path / "mine").mkdir()
@@ -529,26 +532,27 @@ def test_the_least_recently_used_are_evicted_under_the_limit(
         (5, {3, 4, 5}),
     ]:
         assert arrives(cache, files[used])
-        assert kept(tmp_path) - {"0" * 64} == {hashes[number] for number in left}
+        assert whole_files(tmp_path) - {"0" * 64} == {hashes[number] for number in left}
     second = cache_of(f"{server.url}/", tmp_path, 3 * SIZE)
     third = cache_of(server.url.replace("127.0.0.1", "localhost"), tmp_path, 3 * SIZE)
-    assert arrives(second, files[4]) and arrives(third, files[4])  # two URLs, one limit
+    assert arrives(second, files[4]) and arrives(third, files[4])  # the two URLs share one limit
     assert len([path for path in tmp_path.glob("*/*") if path.stat().st_size == SIZE]) == 3
     assert all(other.exists() for other in others)
 
 
-def test_what_is_mapped_outlives_its_eviction(tmp_path: Path, server: Server) -> None:
-    first, second = server.add("1"), server.add("2")
+def test_mapped_file_outlives_eviction(tmp_path: Path, server: Server) -> None:
+    first = server.add("1")
+    second = server.add("2")
     cache = cache_of(server.url, tmp_path, SIZE)
     with cache.open(first) as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     assert arrives(cache, second)
-    assert kept(tmp_path) == {second.sha256}
+    assert whole_files(tmp_path) == {second.sha256}
     assert mapped[:] == server.contents["/set/1"]
     mapped.close()
 
 
-def test_a_file_larger_than_the_limit_is_refused(tmp_path: Path, server: Server) -> None:
+def test_file_above_limit_is_refused(tmp_path: Path, server: Server) -> None:
     with pytest.raises(
         UserError, match=rf"/a has {SIZE} bytes, and the cache may hold {SIZE - 1}: raise its limit"
     ):
@@ -556,7 +560,7 @@ def test_a_file_larger_than_the_limit_is_refused(tmp_path: Path, server: Server)
     assert not server.asked
 
 
-def test_a_torn_file_is_fetched_again(tmp_path: Path, server: Server) -> None:
+def test_truncated_file_is_fetched_again(tmp_path: Path, server: Server) -> None:
     file = server.add("a")
     cache = cache_of(server.url, tmp_path)
     assert arrives(cache, file)
@@ -564,7 +568,7 @@ def test_a_torn_file_is_fetched_again(tmp_path: Path, server: Server) -> None:
     assert arrives(cache, file)
 
 
-def test_sets_of_different_days_are_not_mixed(tmp_path: Path, server: Server) -> None:
+def test_versions_of_a_file_are_not_mixed(tmp_path: Path, server: Server) -> None:
     cache = cache_of(server.url, tmp_path)
     old = server.add("a")
     assert arrives(cache, old)
@@ -574,8 +578,8 @@ def test_sets_of_different_days_are_not_mixed(tmp_path: Path, server: Server) ->
     assert arrives(cache, old)
 
 
-def test_a_full_device_gives_up_old_files_before_the_run(tmp_path: Path, server: Server) -> None:
-    """A device of three files and a half, which only the child sees."""
+def test_full_disk_evicts_old_files(tmp_path: Path, server: Server) -> None:
+    """The child mounts a disk that holds three and a half files."""
     files = [server.add(str(number)) for number in range(5)]
     large = server.add("large", 5 * SIZE)
     code = f"""
@@ -595,53 +599,50 @@ else:
     raise AssertionError
 assert not list(Path(folder).glob("*/*.partial"))
 """
-    mounts_of_its_own = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    ended_well(child(code, server.url, tmp_path, [*files, large], mounts_of_its_own))
+    own_mounts = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    assert_ends_well(start_child(code, server.url, tmp_path, [*files, large], own_mounts))
 
 
-def test_what_is_prefetched_need_not_be_waited_for(tmp_path: Path, server: Server) -> None:
+def test_prefetched_files_are_not_fetched_again(tmp_path: Path, server: Server) -> None:
     files = [server.add(str(number)) for number in range(4)]
     cache = cache_of(server.url, tmp_path)
     cache.prefetch(files)
-    wait_until(lambda: len(kept(tmp_path)) == 4)
+    wait_until(lambda: len(whole_files(tmp_path)) == 4)
     assert list(server.asked) == [f"/set/{number}" for number in range(4)]  # in this order
     assert all(arrives(cache, file) for file in files)
     assert server.asked.total() == 4
 
 
-def test_prefetching_leaves_out_what_fails(tmp_path: Path, server: Server) -> None:
+def test_prefetching_skips_failing_files(tmp_path: Path, server: Server) -> None:
     files = [server.add(str(number)) for number in range(4)]
     del server.contents["/set/1"]
     cache = cache_of(server.url, tmp_path)
     cache.prefetch(files)
-    wait_until(lambda: files[3].sha256 in kept(tmp_path))
-    assert kept(tmp_path) == {files[number].sha256 for number in (0, 2, 3)}
+    wait_until(lambda: files[3].sha256 in whole_files(tmp_path))
+    assert whole_files(tmp_path) == {files[number].sha256 for number in (0, 2, 3)}
     with pytest.raises(UserError, match="/1: FileNotFoundError"):
         cache.open(files[1])
 
 
-def test_prefetching_evicts_what_is_old_and_nothing_that_is_needed_now(
-    tmp_path: Path, server: Server
-) -> None:
+def test_prefetching_evicts_only_unneeded_files(tmp_path: Path, server: Server) -> None:
     old, needed, *wanted = (server.add(str(number)) for number in range(7))
     cache = cache_of(server.url, tmp_path, 4 * SIZE)
     for file in (needed, old, wanted[0]):
         assert arrives(cache, file)
     server.fault = lambda: "hold"
-    cache.prefetch(
-        [needed, *wanted]
-    )  # four of which fit: what is needed, what is there and two more
+    # Four files fit: the needed one, the cached one and two more.
+    cache.prefetch([needed, *wanted])
     wait_until(lambda: server.asked["/set/3"])
     assert arrives(cache_of(server.url, tmp_path, 4 * SIZE), wanted[0])
     server.held.set()
-    wait_until(lambda: wanted[2].sha256 in kept(tmp_path))
-    assert kept(tmp_path) == {file.sha256 for file in (needed, *wanted[:3])}
-    cache.prefetch([old, needed, *wanted[:2]])  # the eldest is now what nobody wants
-    wait_until(lambda: old.sha256 in kept(tmp_path))
-    assert kept(tmp_path) == {file.sha256 for file in (old, needed, *wanted[:2])}
+    wait_until(lambda: wanted[2].sha256 in whole_files(tmp_path))
+    assert whole_files(tmp_path) == {file.sha256 for file in (needed, *wanted[:3])}
+    cache.prefetch([old, needed, *wanted[:2]])  # the oldest file is unneeded now
+    wait_until(lambda: old.sha256 in whole_files(tmp_path))
+    assert whole_files(tmp_path) == {file.sha256 for file in (old, needed, *wanted[:2])}
 
 
-def test_prefetching_spares_what_others_use(tmp_path: Path, server: Server) -> None:
+def test_prefetching_keeps_files_in_use(tmp_path: Path, server: Server) -> None:
     background = set(threading.enumerate())
     used, *wanted = (server.add(str(number)) for number in range(3))
     cache = cache_of(server.url, tmp_path, 2 * SIZE)
@@ -649,24 +650,25 @@ def test_prefetching_spares_what_others_use(tmp_path: Path, server: Server) -> N
     server.fault = lambda: "hold"
     cache.prefetch(wanted)
     wait_until(lambda: server.asked["/set/1"])
-    assert arrives(cache_of(server.url, tmp_path, 2 * SIZE), used)  # by another, after the call
+    # Another cache of the folder reads the file after the call.
+    assert arrives(cache_of(server.url, tmp_path, 2 * SIZE), used)
     server.held.set()
-    until_idle(background)
-    assert kept(tmp_path) == {used.sha256, wanted[0].sha256}
+    wait_until_idle(background)
+    assert whole_files(tmp_path) == {used.sha256, wanted[0].sha256}
     assert not server.asked["/set/2"]
 
 
-def test_prefetching_prefers_what_is_needed_first(tmp_path: Path, server: Server) -> None:
+def test_prefetching_prefers_files_needed_first(tmp_path: Path, server: Server) -> None:
     files = [server.add(str(number)) for number in range(4)]
     cache = cache_of(server.url, tmp_path, 2 * SIZE)
     assert arrives(cache, files[2]) and arrives(cache, files[3])
     cache.prefetch(files)
-    wait_until(lambda: files[1].sha256 in kept(tmp_path))
-    assert kept(tmp_path) == {files[0].sha256, files[1].sha256}
+    wait_until(lambda: files[1].sha256 in whole_files(tmp_path))
+    assert whole_files(tmp_path) == {files[0].sha256, files[1].sha256}
 
 
 @pytest.mark.parametrize("end", ["stop", "prefetch"])
-def test_a_newer_wish_replaces_the_older(tmp_path: Path, server: Server, end: str) -> None:
+def test_newer_prefetch_replaces_older(tmp_path: Path, server: Server, end: str) -> None:
     background = set(threading.enumerate())
     files = [server.add(str(number)) for number in range(3)]
     server.fault = lambda: "hold"
@@ -676,10 +678,10 @@ def test_a_newer_wish_replaces_the_older(tmp_path: Path, server: Server, end: st
     if end == "stop":
         cache.stop_prefetching()
         server.held.set()
-        wait_until(lambda: files[0].sha256 in kept(tmp_path))
+        wait_until(lambda: files[0].sha256 in whole_files(tmp_path))
     else:
         cache.prefetch(files[2:])
         server.held.set()
-        wait_until(lambda: {files[0].sha256, files[2].sha256} <= kept(tmp_path))
-    until_idle(background)
+        wait_until(lambda: {files[0].sha256, files[2].sha256} <= whole_files(tmp_path))
+    wait_until_idle(background)
     assert not server.asked["/set/1"]

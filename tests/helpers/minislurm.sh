@@ -119,7 +119,8 @@ SlurmctldHost=ctl(10.77.0.1)
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-# How long a requeued job waits, and credentials are good, which a busy machine must not outlast; the default is 120 seconds.
+# Credentials hold this long, and a requeued job waits this long; the default is 120 seconds. A busy
+# machine must deliver a message in this time.
 AuthInfo=socket=$dir/run/munge.sock,cred_expire=$((nodes > 8 ? 30 : 10))
 MessageTimeout=60
 CredType=cred/munge
@@ -145,7 +146,7 @@ ReturnToService=2
 # Nodes that only are slow are not lost; tests say so themselves when one is.
 SlurmdTimeout=120
 KillWait=5
-# Minutes that a job may go on after its limit: a busy machine takes one for what is to be done between signal and limit.
+# Minutes that a job may go on after its limit: a busy machine needs one to save after the signal.
 OverTimeLimit=3
 MinJobAge=600
 JobRequeue=1
@@ -153,7 +154,8 @@ PropagateResourceLimits=NONE
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:${MINISLURM_GPUS:-2} State=UNKNOWN
+NodeName=DEFAULT CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1
+NodeName=DEFAULT RealMemory=8000 Gres=gpu:${MINISLURM_GPUS:-2} State=UNKNOWN
 C
   for i in $(seq 1 "$nodes"); do
     echo "NodeName=n$i NodeHostname=n$i NodeAddr=10.77.0.$((10 + i))" >>"$SLURM_CONF"

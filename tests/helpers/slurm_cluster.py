@@ -59,7 +59,8 @@ class Cluster:
         path = self.folder / f"site-{time.monotonic_ns()}.env"
         path.write_text(
             f"""
-            export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
+            export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}
+            export PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
             LOGS={self.logs} LOCAL_SCRATCH={self.scratch} MAX_FRUITLESS=2 PREFLIGHT=no
             CONTAINER=() SRUN_OPTIONS=()
             : $CONDA_BACKUP_CC  # scripts in activate.d read what is not set

@@ -302,7 +302,8 @@ import datasets, pyarrow.parquet, sys
 from kantai.preprocessing.documents import documents, pieces
 from kantai.preprocessing.files import find_files
 def most(kind):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) // 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) // 1024
 cut = pieces(find_files([sys.argv[1]]))
 before = most("VmRSS")
 print(sum(1 for piece in cut for text in documents(piece)), most("VmHWM") - before)

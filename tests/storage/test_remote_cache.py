@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -425,11 +426,8 @@ def test_threads_fetch_each_file_once(tmp_path: Path, server: Server) -> None:
     file = server.add("a")
     server.fault = lambda: "slow"
     cache = cache_of(server.url, tmp_path)
-    threads = [threading.Thread(target=arrives, args=(cache, file)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: arrives(cache, file), range(4)))
     assert server.asked == {"/set/a": 1}
 
 
@@ -477,7 +475,8 @@ def work(some):
     cache.prefetch(some)
     for file in some:
         read(file)
-workers = [multiprocessing.get_context("fork").Process(target=work, args=(files[1 + start : 9 : 2],)) for start in range(2)]
+fork = multiprocessing.get_context("fork")
+workers = [fork.Process(target=work, args=(files[start:9:2],)) for start in (1, 2)]
 for worker in workers:
     worker.start()
 for file in files[8:11]:
@@ -585,12 +584,14 @@ def test_full_disk_evicts_old_files(tmp_path: Path, server: Server) -> None:
     code = f"""
 import subprocess
 from kantai.errors import UserError
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size={3 * SIZE + SIZE // 2}", "tmpfs", folder], check=True)
+size = "size={3 * SIZE + SIZE // 2}"
+subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
 cache = Cache(url, Path(folder), 1 << 30, backoff_seconds=0.01)
 *files, large = files
 for file in files:
     read(file)
-assert {{path.name for path in Path(folder).glob("*/*") if not path.suffix}} == {{file.sha256 for file in files[2:]}}
+held = {{path.name for path in Path(folder).glob("*/*") if not path.suffix}}
+assert held == {{file.sha256 for file in files[2:]}}
 try:
     read(large)
 except UserError as error:

@@ -125,6 +125,13 @@ def find_files(inputs: Sequence[str]) -> list[File]:
     return list(found.values())
 
 
+def has_changed(file: File) -> bool:
+    """Look at a file again: whether its size or version is another one, or it is gone."""
+    if _is_remote(file.path):
+        _file_system(file.path)[0].invalidate_cache()
+    return _find_input(file.path) != [file]
+
+
 def cut(
     files: Iterable[File],
     *,

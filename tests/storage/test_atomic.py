@@ -88,7 +88,7 @@ with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run_python(code).returncode == -signal.SIGKILL
-    assert names(tmp_path) == [".model.partial"]
+    assert names(tmp_path) == [".model.lock", ".model.partial"]
     seal(tmp_path / "model", a="whole")
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["a", "manifest.json"]
 

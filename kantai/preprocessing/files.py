@@ -59,6 +59,11 @@ class File:
     version: str
 
     @property
+    def is_data_set(self) -> bool:
+        """Whether it is a data set on the Hub."""
+        return self.path.startswith(HUB)
+
+    @property
     def suffixes(self) -> tuple[str, str]:
         """Format and compression in lower case, such as (".jsonl", ".gz"); "" if absent."""
         if self.path.startswith(HUB):
@@ -129,7 +134,8 @@ def has_changed(file: File) -> bool:
     """Look at a file again: whether its size or version is another one, or it is gone."""
     if _is_remote(file.path):
         _file_system(file.path)[0].invalidate_cache()
-    return _find_input(file.path) != [file]
+    found = [(again.size, again.version) for again in _find_input(file.path)]
+    return found != [(file.size, file.version)]
 
 
 def cut(

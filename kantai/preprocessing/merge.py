@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kantai.data.rng import Bools, Int64s, TokenIds
 from kantai.data.shards import (
+    MIN_SHARD_TOKENS,
     SPLITS,
     TOKEN_COUNTS,
     ShardWriter,
@@ -26,8 +27,6 @@ from kantai.preprocessing.lines import Report
 from kantai.preprocessing.long_documents import MAX_CHARACTERS, LongDocuments
 from kantai.storage.atomic import locked, manifest_entry, publish, sha256
 
-# Half of what the 4 MiB of a small corpus's piece give: such pieces stay shards of their own.
-MIN_SHARD_TOKENS = 1 << 19
 _NAMED_DOCUMENTS = 3  # of those in both splits
 _NAMED_TOKENS = 12
 _BUCKET_DOCUMENTS = 1 << 22  # documents whose fingerprints are compared at once

@@ -26,7 +26,7 @@ from kantai.data.rng import Bools, Int64s, TokenIds, UInt64s
 from kantai.data.shards import SPLITS, ShardWriter, token_dtype
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents
-from kantai.preprocessing.files import has_changed
+from kantai.preprocessing.files import File, Piece, has_changed
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, refuse_output
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.long_documents import LongDocuments
@@ -60,6 +60,11 @@ def tokenize(job: Job, *, part: int = 0, parts: int = 1, processes: int | None =
         job.work.mkdir(parents=True, exist_ok=True)
         try:
             _write_pieces(job, missing, processes or len(os.sched_getaffinity(0)))
+            # Looking at a data set takes as long as reading a small shard of it: once is enough. A
+            # next start finds its other version, and makes all of its pieces again.
+            all_pieces = job.all_pieces
+            pieces = (all_pieces[number] for number in missing)
+            _refuse_changed(file for file in _files(pieces) if file.is_data_set)
         except BaseException:
             if parts == 1 and not any(job.work.glob("*.json")):
                 shutil.rmtree(job.work.parent)  # no piece is finished that a next start could use
@@ -92,12 +97,7 @@ class _PieceWriter:
         texts = documents(piece, job.unit, job.text_field, self._report)
         for batch in _batched(self._long_documents.cut(texts)):
             show_progress(self._tokenize_batch(batch))
-        for file in dict.fromkeys(span.file for span in piece):
-            if has_changed(file):
-                raise UserError(
-                    f"{file.path} has changed since this start looked at it: run the same command "
-                    "again when nothing writes to it any more"
-                )
+        _refuse_changed(file for file in _files([piece]) if not file.is_data_set)
         shards = {split: self._shards[split].finish() for split in SPLITS}
         self._write_record(shards)
 
@@ -147,6 +147,21 @@ class _PieceWriter:
         record["digest"] = digest(record)
         with replaced(self._job.record_path(self._number)) as path:
             path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _files(pieces: Iterable[Piece]) -> Iterable[File]:
+    """Return the files of pieces, each once."""
+    return dict.fromkeys(span.file for piece in pieces for span in piece)
+
+
+def _refuse_changed(files: Iterable[File]) -> None:
+    """Raise an error if files have changed, since a part of each may be of another version."""
+    for file in files:
+        if has_changed(file):
+            raise UserError(
+                f"{file.path} has changed since this start looked at it: run the same command "
+                "again when nothing writes to it any more"
+            )
 
 
 def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:

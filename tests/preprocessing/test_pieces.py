@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from kantai.data.packing import Contiguous
-from kantai.data.shards import open_shards
+from kantai.data.shards import MIN_SHARD_TOKENS, open_shards
 from kantai.errors import UserError
 from kantai.preprocessing import tokenize as tokenizing
 from kantai.preprocessing.documents import pieces
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.job import Job
-from kantai.preprocessing.merge import MIN_SHARD_TOKENS, _joined, describe, merge
+from kantai.preprocessing.merge import _joined, describe, merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
 from tests.helpers.files import content, texts_of
@@ -299,3 +299,26 @@ def test_blank_validation_file_is_refused(make_job: MakeJob, tmp_path: Path) -> 
     with pytest.raises(UserError, match="--held_out_input has no text: name other files"):
         merge(job)
     assert not job.work.parent.exists()
+
+
+def test_data_set_that_changes_while_it_is_read_is_refused(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        texts = [f"line {line} of the file {number}" for line in range(100)]
+        pq.write_table(pa.table({"text": texts}), folder / f"{number}.parquet")
+    job = replace(make_job("shards"), unit=None, pieces=pieces(find_files([f"hub:{folder}"])))
+    read = tokenizing.documents
+
+    def read_and_change(*arguments: object) -> object:
+        pq.write_table(pa.table({"text": ["another text"]}), folder / "2.parquet")
+        yield from read(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing, "documents", read_and_change)
+        with pytest.raises(UserError, match="data has changed since this start looked at it"):
+            tokenize(job, processes=1)
+    again = replace(job, pieces=pieces(find_files([f"hub:{folder}"])))
+    assert not any(again.read_record(number) for number in range(3))

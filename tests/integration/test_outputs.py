@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from kantai.storage.atomic import verify
-from tests.helpers.commands import CONFIG, ROOT, Program, run_program, script, wait_until
+from tests.helpers.commands import (
+    CONFIG,
+    ROOT,
+    Program,
+    pretrain,
+    run_program,
+    script,
+    wait_until,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +139,26 @@ def test_start_that_was_killed_does_not_hinder_the_next(tmp_path: Path, large_fi
     assert (tmp_path / ".tokenizer.lock").exists()
     assert Program(command).ended() == 0
     assert not list(tmp_path.glob(".tokenizer*"))
+
+
+@pytest.mark.slow
+def test_two_exports_do_not_write_one_output(
+    tmp_path: Path, shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    run = tmp_path / "run"
+    data = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    pretrain(None, *data, "--training.max_steps=2", f"--run_dir={run}")
+    output = tmp_path / "model"
+    command = [sys.executable, "scripts/export.py", run, "--output", output]
+    folder = tmp_path / ".model.partial"
+    assert_one_of_two_writes(lambda: Program(command), output, folder.exists)
+
+
+@pytest.mark.slow
+def test_run_says_what_is_not_shown(
+    tmp_path: Path, many_shards_dir: Path, shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    for name, shards in {"many": many_shards_dir, "one": shards_dir}.items():
+        data = [f"--data.shards={shards}", f"--data.tokenizer={tokenizer_dir}"]
+        said = pretrain(None, *data, "--training.max_steps=2", f"--run_dir={tmp_path / name}")
+        assert ("an epoch does not show 0.0% of the training tokens" in said) == (name == "many")

@@ -47,7 +47,8 @@ def test_text_without_sentence_ends_is_cut_at_white_space() -> None:
     text = " ".join(f"word{number}" for number in range(20_000))
     parts = list(cut_text(text))
     assert " ".join(parts) == text
-    assert min(map(len, parts)) > 2000
+    assert min(map(len, parts[:-1])) > 2000
+    assert len(parts[-1]) > 1000
 
 
 @pytest.mark.parametrize("cluster", ["a", "字", "e\u0301\u0323", "กี่", "👩\u200d🚀"])
@@ -59,6 +60,21 @@ def test_text_without_white_space_is_cut_between_characters(cluster: str) -> Non
         assert 2000 < len(part) <= 4096
         assert not unicodedata.category(following[0]).startswith("M")
         assert part[-1] != "\u200d" and following[0] != "\u200d"
+
+
+def test_text_that_two_documents_share_is_cut_alike(corpus_file: Path) -> None:
+    text = corpus_file.read_text(encoding="utf-8")
+    for separator in (" ", ""):
+        book = separator.join(text.split())
+        excerpt = list(cut_text(book[50_000:200_000]))
+        shared = set(cut_text(book)) & set(excerpt)
+        assert len(shared) > 0.8 * len(excerpt)
+
+
+def test_last_part_is_not_tiny(corpus_file: Path) -> None:
+    text = corpus_file.read_text(encoding="utf-8")
+    for length in range(MAX_CHARACTERS, MAX_CHARACTERS + 9000, 97):
+        assert min(map(len, cut_text(text[:length]))) > 900
 
 
 def test_marks_alone_are_cut_too() -> None:

@@ -7,6 +7,8 @@ Run the same command again after a kill, and it continues where it was.
 
 In a SLURM array, give each task --part $SLURM_ARRAY_TASK_ID --parts $SLURM_ARRAY_TASK_COUNT, and a
 last job --merge. All other arguments stay the same.
+
+Documents of more than 32,768 characters, as a book in one line, are cut at sentence ends.
 """
 
 import argparse

@@ -78,10 +78,10 @@ def describe(manifest: dict[str, Any]) -> Iterator[str]:
     if duplicates:
         yield f"{duplicates:,} documents had the text of an earlier one and were left out"
     if overlap:
-        first = ", ".join(overlap["first"])
+        held_out = manifest["splits"][HELD_OUT]["documents"]
         yield (
-            f"{overlap['documents']:,} documents of --held_out_input are in the training text too "
-            f"and stay in both: {first}"
+            f"{overlap['documents']:,} of {held_out:,} documents of --held_out_input are in the "
+            f"training text too and stay in both: {', '.join(overlap['first'])}"
         )
     for name, split in manifest["splits"].items():
         documents = f"{split['documents']:,} documents"

@@ -8,7 +8,8 @@ The folder appears only after it was loaded back and has given the same logits.
 import argparse
 from pathlib import Path
 
-from kantai.errors import UserError, run_command
+from kantai.errors import run_command
+from kantai.storage.atomic import check_output
 from kantai.training.run_dir import open_saved_run
 
 
@@ -20,8 +21,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     arguments = parser.parse_args()
 
-    if arguments.output.exists():  # before seconds of imports
-        raise UserError(f"{arguments.output} exists already; remove it or choose another output")
+    check_output(arguments.output)  # before seconds of imports
     run_dir, step = open_saved_run(arguments.run)
     from transformers.utils import logging
 

@@ -46,6 +46,8 @@ def main() -> None:
     if arguments.check or run_dir.is_finished():
         if rank_info.is_main:
             print(f"{run_dir.path}: {run_dir.newest()} of {data.max_steps} steps done")
+            notes = (data.describe_unshown(shape.seq_len) for shape in config.batch_shapes())
+            print(*(f"{note}\n" for note in dict.fromkeys(notes) if note), sep="", end="")
         return
     # Only now: bad input need not wait for torch.
     from torch.distributed.elastic.multiprocessing.errors import record

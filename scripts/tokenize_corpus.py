@@ -7,17 +7,23 @@ Run the same command again after a kill, and it continues where it was.
 
 In a SLURM array, give each task --part $SLURM_ARRAY_TASK_ID --parts $SLURM_ARRAY_TASK_COUNT, and a
 last job --merge. All other arguments stay the same.
+
+Documents of more than 32,768 characters, as a book in one line, are cut at sentence ends.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from kantai.errors import UserError, run_command
 from kantai.preprocessing.documents import add_corpus_arguments, pieces
-from kantai.preprocessing.files import find_files
+from kantai.preprocessing.files import File, find_files
 from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import describe, merge
 from kantai.preprocessing.tokenize import tokenize
+from kantai.storage.atomic import refuse_url
+
+HELD_OUT_SHARE = 0.01
 
 
 def main() -> None:
@@ -25,16 +31,7 @@ def main() -> None:
     is_part = arguments.part is not None
     if is_part != (arguments.parts is not None) or (arguments.merge and is_part):
         raise UserError("give --part and --parts together, and --merge without them")
-    job = Job(
-        pieces(find_files(arguments.input), arguments.document),
-        arguments.document,
-        arguments.text_field,
-        arguments.tokenizer,
-        arguments.output,
-        source={"input": arguments.input, "document": arguments.document},
-        held_out_share=arguments.held_out,
-        unique=arguments.unique,
-    )
+    job = make_job(arguments)
     if is_part:
         tokenize(job, part=arguments.part, parts=arguments.parts, processes=arguments.processes)
         return
@@ -42,6 +39,42 @@ def main() -> None:
         tokenize(job, processes=arguments.processes)
     for line in describe(merge(job)):
         print(line)
+
+
+def make_job(arguments: argparse.Namespace) -> Job:
+    refuse_url(arguments.output)  # before a search for files
+    source = {"input": arguments.input, "document": arguments.document}
+    files = find_files(arguments.input)
+    held_out_files: list[File] = []
+    if arguments.held_out_input:
+        if arguments.held_out is not None:
+            raise UserError("give either --held_out or --held_out_input")
+        held_out_files = find_held_out_files(arguments.held_out_input, files)
+        source["held_out_input"] = arguments.held_out_input
+    return Job(
+        pieces(files, arguments.document),
+        arguments.document,
+        arguments.text_field,
+        arguments.tokenizer,
+        arguments.output,
+        source,
+        held_out_share=HELD_OUT_SHARE if arguments.held_out is None else arguments.held_out,
+        unique=arguments.unique,
+        held_out_pieces=pieces(held_out_files, arguments.document),
+    )
+
+
+def find_held_out_files(inputs: list[str], train_files: list[File]) -> list[File]:
+    """Find the files of the user's own held-out split; none may be trained on."""
+    files = find_files(inputs)
+    in_both = {os.path.realpath(file.path) for file in train_files}
+    for file in files:
+        if os.path.realpath(file.path) in in_both:
+            raise UserError(
+                f"{file.path} is in both --input and --held_out_input: leave it out of --input, "
+                "or it is trained on"
+            )
+    return files
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,8 +89,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--held_out",
         type=float,
-        default=0.01,
         help="share of the documents that is never trained on (default 0.01)",
+    )
+    parser.add_argument(
+        "--held_out_input",
+        nargs="+",
+        metavar="INPUT",
+        help="text of your own that is the held-out split, in place of a share of --input",
     )
     parser.add_argument(
         "--unique",

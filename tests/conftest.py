@@ -112,7 +112,7 @@ def make_shards(
         HELD_OUT_SHARE,
     )
     tokenize(job, processes=1)
-    merge(job)
+    merge(job, *([0] if piece_bytes else []))  # small pieces stay shards of their own
     return target
 
 

@@ -17,7 +17,7 @@ from kantai.data.batches import Batches, Stage
 from kantai.data.masking import Masker, Words
 from kantai.data.packing import Contiguous, Padded, Sequences
 from kantai.data.prompts import derive_prompts
-from kantai.data.shards import SPLITS, ShardSet, open_shards
+from kantai.data.shards import MIN_SHARD_TOKENS, SPLITS, ShardSet, open_shards
 from kantai.data.shuffle import Sequential, Shuffled
 from kantai.data.tokenizer import MASK_TOKEN, Vocabulary, load_tokenizer
 from kantai.errors import UserError
@@ -25,6 +25,8 @@ from kantai.storage.remote_cache import Cache
 
 # Of what a config shows at each step: raised when a release would show a run other data.
 STREAM_VERSION = 1
+
+_NOTABLE_SHARE = 0.001
 
 # Held-out masks are the same in every run, so that the runs' losses can be compared.
 _EVALUATION_SEED = 0
@@ -81,6 +83,34 @@ class Data:
         """Number of sequences of a split, of the given length or the config's."""
         sequences = self._sequences(split, seq_len or self.config.data.seq_len)
         return int(sequences.samples_per_shard.sum())
+
+    def describe_unshown(self, seq_len: int) -> str:
+        """A sentence on the training tokens that an epoch does not show, or shows twice.
+
+        It is empty where these are fewer than one in a thousand, or at a URL, where it would take
+        reading the shards.
+        """
+        is_padded = self.config.data.packing == "padded"
+        if is_padded and self.shards.cache is not None:
+            return ""
+        sequences = self._sequences("train", seq_len)
+        unshown, repeated = sequences.shares_unshown_and_repeated()
+        if max(unshown, repeated) < _NOTABLE_SHARE:
+            return ""
+        if is_padded:
+            return (
+                f"an epoch does not show {unshown:.1%} of the training tokens: data.packing padded "
+                f"leaves out what is beyond {seq_len} tokens of a document"
+            )
+        found = (
+            f"an epoch does not show {unshown:.1%} of the training tokens, and shows "
+            f"{repeated:.1%} twice"
+        )
+        tokens = self.shards.splits["train"].tokens
+        short = int((tokens < MIN_SHARD_TOKENS).sum())
+        if len(tokens) == 1 or not short:
+            return found
+        return f"{found}, as {short:,} shards are short: tokenize the corpus again to join them"
 
     def training_batches(self, world_size: int) -> Batches:
         """The training split, shuffled anew every epoch, without end.

@@ -9,12 +9,12 @@ import numpy as np
 from kantai.data.batches import Batch, Batches
 from kantai.data.dataset import Data
 from kantai.data.masking import IGNORED_LABEL
+from kantai.data.packing import Contiguous, Padded, sampled_lengths
 from kantai.data.rng import Int64s
 from kantai.data.shards import SPLITS, ShardSet, Split
 from kantai.data.tokenizer import Vocabulary
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-_MAX_SHARDS_READ = 64
 _FREQUENT_TOKENS = 20
 
 
@@ -25,7 +25,7 @@ def describe_shards(
 
     Args:
         vocabulary: writes frequent tokens as text; None: as ids.
-        seq_lens: sequence lengths at which to count the tokens that the packing ``padded`` cuts.
+        seq_lens: sequence lengths at which to count the tokens that are not shown, or shown twice.
     """
     manifest = shards.manifest
     tokenizer = manifest["tokenizer"][:16]
@@ -52,19 +52,25 @@ def describe_shards(
 
 
 def _describe_lengths(split: Split, seq_lens: Iterable[int]) -> Iterator[str]:
-    spread = np.linspace(0, len(split) - 1, min(len(split), _MAX_SHARDS_READ))
-    read = np.unique(spread.astype(np.int64)).tolist()
-    lengths = np.concatenate([split[number].lengths for number in read])
+    seq_lens = list(seq_lens)
+    lengths = sampled_lengths(split)
     percentiles = zip(_PERCENTILES, np.percentile(lengths, _PERCENTILES), strict=True)
     values = ", ".join(f"{percent} %: {length:,.0f}" for percent, length in percentiles)
-    sampled = f" (of {len(read)} shards)" if len(read) < len(split) else ""
+    sampled = " (of some shards)" if len(lengths) < split.documents.sum() else ""
     yield f"  document lengths  mean {lengths.mean():,.1f}; {values}{sampled}"
 
-    tokens = max(1, lengths.sum())
-    left_out = (
-        f"{np.maximum(lengths - seq_len + 1, 0).sum() / tokens:.1%} at seq_len {seq_len}"
-        for seq_len in seq_lens
-    )
+    unshown = []
+    repeated = []
+    left_out = []
+    for seq_len in seq_lens:
+        at = f"at seq_len {seq_len}"
+        contiguous = Contiguous(split, seq_len, 0, 0).shares_unshown_and_repeated()
+        padded = Padded(split, seq_len, 0, 0, 0).shares_unshown_and_repeated()
+        unshown.append(f"{contiguous[0]:.1%} {at}")
+        repeated.append(f"{contiguous[1]:.1%} {at}")
+        left_out.append(f"{padded[0]:.1%} {at}")
+    yield f"  tokens not shown  {', '.join(unshown)}: in shards shorter than a sequence"
+    yield f"  tokens twice      {', '.join(repeated)}: in the last sequence of each shard"
     yield f"  tokens left out   {', '.join(left_out)}: by the packing padded alone"
 
 

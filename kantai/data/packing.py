@@ -8,6 +8,7 @@ from kantai.data.rng import Int64s, TokenIds
 from kantai.data.shards import Split
 
 _PADDED_TO_MULTIPLE_OF = 16  # few distinct shapes, little padding
+_MAX_SHARDS_READ = 64
 
 
 class Sequences(Protocol):
@@ -24,6 +25,17 @@ class Sequences(Protocol):
         A negative sample id gives a row of ``<s>`` and padding.
         """
         ...
+
+    def shares_unshown_and_repeated(self) -> tuple[float, float]:
+        """Shares of the tokens that an epoch does not show, and that it shows twice."""
+        ...
+
+
+def sampled_lengths(shards: Split) -> Int64s:
+    """Tokens of the documents of all shards, or of 64 shards from the first to the last."""
+    spread = np.linspace(0, len(shards) - 1, min(len(shards), _MAX_SHARDS_READ))
+    read = np.unique(spread.astype(np.int64)).tolist()
+    return np.concatenate([np.zeros(0, np.int64), *(shards[number].lengths for number in read)])
 
 
 class Contiguous:
@@ -59,6 +71,15 @@ class Contiguous:
                 row[1:] = stream[start : start + self.content]
         return rows
 
+    def shares_unshown_and_repeated(self) -> tuple[float, float]:
+        """Shares of the tokens in shards shorter than a sequence, and in two sequences."""
+        tokens = self.shards.tokens
+        shown = self.samples_per_shard * self.content
+        unshown = tokens[shown == 0].sum()
+        repeated = (shown - tokens)[shown > 0].sum()
+        total = max(1, int(tokens.sum()))
+        return float(unshown / total), float(repeated / total)
+
 
 class Padded:
     """One document a row: ``<s>`` document ``</s>``, cut at ``seq_len`` or padded."""
@@ -90,6 +111,12 @@ class Padded:
             if len(document) == self.seq_len - 1:
                 row[-1] = self.eos_id
         return rows
+
+    def shares_unshown_and_repeated(self) -> tuple[float, float]:
+        """The share of the tokens beyond ``seq_len`` in their documents, and 0."""
+        lengths = sampled_lengths(self.shards)
+        unshown = np.maximum(lengths - self.seq_len + 1, 0).sum()
+        return float(unshown / max(1, int(lengths.sum()))), 0.0
 
     def _document(self, sample: int) -> TokenIds:
         if sample < 0:

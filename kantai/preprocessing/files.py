@@ -52,6 +52,11 @@ class File:
     version: str  # modification time, ETag or revision; "" where the file system states none
 
     @property
+    def is_data_set(self) -> bool:
+        """Whether it is a data set on the Hub."""
+        return self.path.startswith(HUB)
+
+    @property
     def suffixes(self) -> tuple[str, str]:
         """Format and compression in lower case, such as (".jsonl", ".gz"); "" if absent."""
         if self.path.startswith(HUB):
@@ -112,6 +117,14 @@ def find_files(inputs: Sequence[str]) -> list[File]:
             subject = f"every one of {len(found)} files is empty, {first} the first"
         raise UserError(f"{subject}: check the program that wrote it")
     return list(found.values())
+
+
+def has_changed(file: File) -> bool:
+    """Look at a file again: whether its size or version is another one, or it is gone."""
+    if _is_remote(file.path):
+        _file_system(file.path)[0].invalidate_cache()
+    found = [(again.size, again.version) for again in _find_input(file.path)]
+    return found != [(file.size, file.version)]
 
 
 def cut(

@@ -1,7 +1,9 @@
 """A tokenizing job: everything that decides the bytes of the shards, and what is done so far."""
 
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,25 +15,55 @@ from kantai.data.shards import SPLITS
 from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.preprocessing.documents import Unit
 from kantai.preprocessing.files import Piece
-from kantai.storage.atomic import digest
+from kantai.storage.atomic import Damaged, check_output, digest, read_manifest
 
 TRAIN, HELD_OUT = SPLITS
-_FORMAT = 1  # of the finished pieces; pieces of another format are made again
+_FORMAT = 2  # of the finished pieces; pieces of another format are made again
 _TOKENS_COUNTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the bytes of the shards."""
+    """Everything that decides the bytes of the shards.
+
+    Attributes:
+        pieces: the input.
+        unit: what one document is; None: lines of text, records of the rest.
+        text_field: the field of a record that holds its text.
+        tokenizer: the tokenizer's folder.
+        output: the folder to publish.
+        source: a note on the input, for the manifest.
+        held_out_share: share of the documents that goes to the held-out split.
+        unique: whether to deduplicate: keep only the first of a split's documents with the same
+            text.
+        held_out_pieces: a held-out split of the user's own, in place of a share.
+    """
 
     pieces: list[Piece]
     unit: Unit | None  # what one document is; None: lines of text, records of the rest
     text_field: str  # the field of a record that holds its text
     tokenizer: Path
-    output: Path  # the folder to publish
-    source: dict[str, Any]  # a note on the input, for the manifest
-    held_out_share: float = 0.01  # share of the documents that goes to the held-out split
-    unique: bool = False  # deduplicate: keep only the first of the documents with the same text
+    output: Path
+    source: dict[str, Any]
+    held_out_share: float = 0.01
+    unique: bool = False
+    held_out_pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def all_pieces(self) -> list[Piece]:
+        """The pieces by their number: those of the input, then those of the user's own split."""
+        return [*self.pieces, *self.held_out_pieces]
+
+    @property
+    def keeps_fingerprints(self) -> bool:
+        """Whether equal documents are looked for."""
+        return self.unique or bool(self.held_out_pieces)
+
+    def held_out_share_of(self, number: int) -> float:
+        """Return the share of a piece's documents that is held out."""
+        if not self.held_out_pieces:
+            return self.held_out_share
+        return float(number >= len(self.pieces))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -47,10 +79,11 @@ class Job:
         """Return a digest of everything that decides the shards of a piece."""
         spans = [
             (span.file.path, span.file.size, span.file.version, span.start, span.stop)
-            for span in self.pieces[number]
+            for span in self.all_pieces[number]
         ]
-        settings = (self.unit, self.text_field, self.vocabulary.fingerprint, self.held_out_share)
-        return digest([_FORMAT, spans, *settings, self.unique])
+        settings = (self.unit, self.text_field, self.vocabulary.fingerprint)
+        share = self.held_out_share_of(number)
+        return digest([_FORMAT, spans, *settings, share, self.unique, self.keeps_fingerprints])
 
     def record_path(self, number: int) -> Path:
         """Return the path of a piece's record: its key, shards and report."""
@@ -73,15 +106,21 @@ class Job:
         """Read the record of a piece; None if it is not finished, or was made from other input."""
         try:
             record = json.loads(self.record_path(number).read_text(encoding="utf-8"))
-            if record["key"] != self.key(number) or not self.arrays_path(number).exists():
+            if record.pop("digest") != digest(record) or record["key"] != self.key(number):
                 return None
-            for split in SPLITS:
-                for shard in record[split]:
-                    if self.shard_path(shard["file"]).stat().st_size != shard["bytes"]:
-                        return None
-        except (OSError, ValueError, KeyError, TypeError):
+            for path, entry in self.files(number, record):
+                if path.stat().st_size != entry["bytes"]:
+                    return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return dict(record)
+
+    def files(self, number: int, record: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield the files of a finished piece, each with its size and hash."""
+        yield self.arrays_path(number), record["arrays"]
+        for split in SPLITS:
+            for shard in record[split]:
+                yield self.shard_path(shard["file"]), shard
 
     def read_arrays(self, number: int) -> dict[str, Any]:
         """Read a piece's token counts, and fingerprints of its documents by split."""
@@ -94,6 +133,24 @@ class Job:
         if not self.unique or not path.exists():
             return np.zeros(0, np.int64)
         return np.sort(np.fromfile(path, "<u4").astype(np.int64))
+
+
+def refuse_output(job: Job) -> None:
+    """Raise an error if the output is a URL, or exists.
+
+    A merge that was killed may have published it without removing its pieces; they are removed
+    here, but from no folder that a merge did not publish.
+    """
+    if job.output.exists() and _is_published(job.output):
+        shutil.rmtree(job.output / job.work.name, ignore_errors=True)
+    check_output(job.output)
+
+
+def _is_published(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder).get("kind") == "shards")
+    except Damaged:
+        return False
 
 
 def count_tokens(tokens: TokenIds, vocab_size: int) -> Int64s:

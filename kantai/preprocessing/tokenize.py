@@ -27,9 +27,11 @@ from kantai.data.shards import SPLITS, ShardWriter, token_dtype
 from kantai.data.tokenizer import batched_texts
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents
-from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens
+from kantai.preprocessing.files import File, Piece, has_changed
+from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, refuse_output
 from kantai.preprocessing.lines import Report
-from kantai.storage.atomic import Damaged, read_manifest, replaced
+from kantai.preprocessing.long_documents import LongDocuments
+from kantai.storage.atomic import digest, locked, manifest_entry, replaced
 
 _BATCH_DOCUMENTS = 4096
 _PROGRESS_SECONDS = 0.5
@@ -48,30 +50,23 @@ def tokenize(job: Job, *, part: int = 0, parts: int = 1, processes: int | None =
         raise UserError(f"--held_out {job.held_out_share} must lie between 0 and 1")
     if not 0 <= part < parts:
         raise UserError(f"--part {part} must be one of 0 to {parts - 1}, as --parts is {parts}")
-    _refuse_output(job)
-    numbers = range(part, len(job.pieces), parts)
-    missing = [number for number in numbers if job.read_record(number) is None]
-    job.work.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_pieces(job, missing, processes or len(os.sched_getaffinity(0)))
-    except BaseException:
-        if parts == 1 and not any(job.work.glob("*.json")):
-            shutil.rmtree(job.work.parent)  # no piece is finished that a next start could use
-        raise
-
-
-def _refuse_output(job: Job) -> None:
-    """Raise an error if the output exists.
-
-    A merge that was killed may have published it without removing its pieces; they are removed
-    here, but from no folder that a merge did not publish.
-    """
-    if not job.output.exists():
-        return
-    with contextlib.suppress(Damaged):
-        if read_manifest(job.output).get("kind") == "shards":
-            shutil.rmtree(job.output / job.work.name, ignore_errors=True)
-    raise UserError(f"{job.output} exists already; remove it or choose another output")
+    refuse_output(job)
+    with locked(job.output, shared=parts > 1):
+        refuse_output(job)  # another process may have published it meanwhile
+        numbers = range(part, len(job.all_pieces), parts)
+        missing = [number for number in numbers if job.read_record(number) is None]
+        job.work.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_pieces(job, missing, processes or len(os.sched_getaffinity(0)))
+            # Looking at a data set takes as long as reading a small shard of it: once is enough. A
+            # next start finds its other version, and makes all of its pieces again.
+            all_pieces = job.all_pieces
+            pieces = (all_pieces[number] for number in missing)
+            _refuse_changed(file for file in _files(pieces) if file.is_data_set)
+        except BaseException:
+            if parts == 1 and not any(job.work.glob("*.json")):
+                shutil.rmtree(job.work.parent)  # no piece is finished that a next start could use
+            raise
 
 
 class _PieceWriter:
@@ -81,6 +76,9 @@ class _PieceWriter:
         self._job = job
         self._number = number
         self._report = Report()
+        self._long_documents = LongDocuments()
+        self._held_out_share = job.held_out_share_of(number)
+        self._hash_range = [1.0, 0.0]  # the least and the largest hash, which draw the split
         vocab_size = job.vocabulary.size
         self._counts = np.zeros((len(SPLITS), vocab_size), np.int64)
         self._dtype = token_dtype(vocab_size)
@@ -93,9 +91,11 @@ class _PieceWriter:
     def tokenize(self, show_progress: Callable[[int], Any]) -> None:
         """Write the shards, and last the record; pass on the bytes of text after each batch."""
         job = self._job
-        texts = documents(job.pieces[self._number], job.unit, job.text_field, self._report)
-        for batch in batched_texts(texts, _BATCH_DOCUMENTS):
+        piece = job.all_pieces[self._number]
+        texts = documents(piece, job.unit, job.text_field, self._report)
+        for batch in _batched(self._long_documents.cut(texts)):
             show_progress(self._tokenize_batch(batch))
+        _refuse_changed(file for file in _files([piece]) if not file.is_data_set)
         shards = {split: self._shards[split].finish() for split in SPLITS}
         self._write_record(shards)
 
@@ -106,7 +106,10 @@ class _PieceWriter:
         ids, lengths = vocabulary.encode(texts)
         tokens, lengths = _append_ends(ids, lengths, vocabulary.eos_id, self._dtype)
         # A document's split depends on its text alone: no text is both trained on and held out.
-        is_held_out = fingerprints[:, 0] * 2.0**-64 < self._job.held_out_share
+        hashes = fingerprints[:, 0] * 2.0**-64
+        is_held_out = (hashes < self._held_out_share) | (self._held_out_share == 1)
+        self._hash_range[0] = min(self._hash_range[0], float(hashes.min()))
+        self._hash_range[1] = max(self._hash_range[1], float(hashes.max()))
         for split, chosen in ((TRAIN, ~is_held_out), (HELD_OUT, is_held_out)):
             if chosen.any():
                 self._append(split, chosen, tokens, lengths, fingerprints)
@@ -119,7 +122,7 @@ class _PieceWriter:
         of_split = tokens[np.repeat(chosen, lengths)]
         self._shards[split].append(of_split, lengths[chosen])
         self._counts[SPLITS.index(split)] += count_tokens(of_split, self._job.vocabulary.size)
-        if self._job.unique:
+        if self._job.keeps_fingerprints:
             self._fingerprints[split].append(fingerprints[chosen])
 
     def _write_record(self, shards: dict[str, list[dict[str, Any]]]) -> None:
@@ -128,14 +131,38 @@ class _PieceWriter:
             np.savez_compressed(
                 file, counts=self._counts, train=found[TRAIN], held_out=found[HELD_OUT]
             )
-        record = {"key": self._job.key(self._number), **shards, "report": asdict(self._report)}
+        record = {
+            "key": self._job.key(self._number),
+            **shards,
+            "arrays": manifest_entry(self._job.arrays_path(self._number)),
+            "report": asdict(self._report),
+            "long_documents": asdict(self._long_documents),
+            "hash_range": self._hash_range,
+        }
+        record["digest"] = digest(record)
         with replaced(self._job.record_path(self._number)) as path:
             path.write_text(json.dumps(record), encoding="utf-8")
 
 
+def _files(pieces: Iterable[Piece]) -> Iterable[File]:
+    """Return the files of pieces, each once."""
+    return dict.fromkeys(span.file for piece in pieces for span in piece)
+
+
+def _refuse_changed(files: Iterable[File]) -> None:
+    """Raise an error if files have changed, since a part of each may be of another version."""
+    for file in files:
+        if has_changed(file):
+            raise UserError(
+                f"{file.path} has changed since this start looked at it: run the same command "
+                "again when nothing writes to it any more"
+            )
+
+
 def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:
     processes = max(1, min(max_processes, len(numbers)))
-    spans = [span for number in numbers for span in job.pieces[number]]
+    pieces = job.all_pieces
+    spans = [span for number in numbers for span in pieces[number]]
     if any(span.file.suffixes[1] for span in spans):
         total = None  # nobody knows how much text is in compressed files
     else:

@@ -7,9 +7,11 @@ instruction leaves the old state and a hidden ``.NAME.partial``, which the next 
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import Any
 from kantai.errors import UserError
 
 MANIFEST = "manifest.json"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*:$|hub:)", re.IGNORECASE)
 
 
 class Damaged(Exception):
@@ -57,20 +60,100 @@ def staged(target: Path, **meta: Any) -> Iterator[Path]:
             that is given here.
 
     Raises:
-        UserError: ``target`` exists already.
+        UserError: ``target`` exists already, or is a URL, or another process is writing it.
+    """
+    check_output(target)
+    target = target.absolute()
+    with locked(target):
+        check_output(target)  # another process may have published it meanwhile
+        folder = begin(target)
+        try:
+            yield folder
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            files = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in paths}
+            publish(folder, target, files, **meta)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def refuse_url(target: Path) -> None:
+    """Refuse to write to a URL: a path takes ``s3://bucket/x`` for a local folder ``s3:``.
+
+    Raises:
+        UserError: the target is a URL.
+    """
+    scheme = target.parts[0] if target.parts else ""
+    if _SCHEME.match(scheme):
+        rest = "/".join(target.parts[1:])
+        url = f"{scheme}//{rest}" if scheme.endswith(":") else str(target)
+        raise UserError(f"{url} is a URL: write to a local folder, and copy that there")
+
+
+def check_output(target: Path) -> None:
+    """Refuse to write to a URL, or over something.
+
+    Raises:
+        UserError: the target is a URL, or exists.
+    """
+    refuse_url(target)
+    if target.exists():
+        raise UserError(f"{target.absolute()} exists already; remove it or choose another output")
+
+
+@contextlib.contextmanager
+def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of an output, so that no other process writes it at the same time.
+
+    The lock is that of the file ``.NAME.lock`` beside it. The system releases it when the process
+    ends, however it ends. A file system without locks gives none.
+
+    Args:
+        shared: others may hold it too, if they share it as well.
+
+    Raises:
+        UserError: another process holds it.
     """
     target = target.absolute()
-    if target.exists():
-        raise UserError(f"{target} exists already; remove it or choose another output")
-    folder = begin(target)
+    path = target.with_name(f".{target.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    if descriptor is None:
+        raise UserError(
+            f"another process is writing {target}: wait for it, or choose another output"
+        )
     try:
-        yield folder
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in paths}
-        publish(folder, target, files, **meta)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # others that share it may still need its file
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path, kind: int) -> int | None:
+    """Return the descriptor of a locked file; None if another process holds its lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # the file system has no locks
+            return descriptor
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last holder has removed the file in the meantime
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def begin(target: Path) -> Path:

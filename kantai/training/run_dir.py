@@ -26,7 +26,7 @@ from kantai.config.schema import Config
 from kantai.data.dataset import STREAM_VERSION, Data, open_data
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
-from kantai.storage.atomic import digest, replaced, sha256
+from kantai.storage.atomic import digest, refuse_url, replaced, sha256
 from kantai.training.skipped_data import SkippedData
 
 CONFIG_FILE = "config.yaml"
@@ -174,6 +174,7 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
     """
     check_schedule(config.optimizer, data.max_steps)
     path = Path(config.run_dir)
+    refuse_url(path)
     if (path / CONFIG_FILE).exists():
         if not resume:
             raise UserError(

@@ -287,6 +287,9 @@ class Trainer:
         self.engine.forget_compiled()
         tokens = stage.sequences.seq_len
         self.logger.say(f"from step {step} on: {stage.plan}, of up to {tokens} tokens")
+        unshown = self.data.describe_unshown(tokens)
+        if unshown:
+            self.logger.say(unshown)
 
     def _skip_data(self, done: int) -> int:
         back = self.run_dir.newest(set_aside=True)

@@ -151,3 +151,49 @@ def test_inspect_follows_skipped_data(settings: list[str], tmp_path: Path) -> No
 def test_invalid_arguments_are_refused_in_one_line(arguments: list[str], message: str) -> None:
     done = script("inspect_data", *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_share_that_is_not_shown_is_described(
+    many_shards_dir: Path, shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    tokens = open_shards(many_shards_dir).splits["train"].tokens
+    said = printed("--shards", many_shards_dir)
+    shares = []
+    for seq_len in (128, 512):
+        rows = -(-tokens // (seq_len - 1))
+        shares.append((rows * (seq_len - 1) - tokens).sum() / tokens.sum())
+    twice = f"tokens twice      {shares[0]:.1%} at seq_len 128, {shares[1]:.1%} at seq_len 512"
+    assert twice in said and shares[1] > 0.02
+    assert "tokens not shown  0.0% at seq_len 128, 0.0% at seq_len 512" in said
+
+    longer = int(tokens.min()) + 2  # than the shortest shard
+    where = ["--config", CONFIG, f"--data.tokenizer={tokenizer_dir}", f"--data.seq_len={longer}"]
+    short = tokens[tokens < longer - 1]
+    said = printed(*where, f"--data.shards={many_shards_dir}")
+    share = short.sum() / tokens.sum()
+    assert 0.001 < share < 0.1
+    assert f"tokens not shown  {share:.1%} at seq_len {longer}" in said
+    assert "tokens not shown  0.0%" in printed(*where, f"--data.shards={shards_dir}")
+
+
+def test_start_of_a_run_says_what_is_not_shown(
+    many_shards_dir: Path, shards_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    tokens = open_shards(many_shards_dir).splits["train"].tokens
+    longer = int(tokens.min()) + 2  # than the shortest shard
+    share = tokens[tokens < longer - 1].sum() / tokens.sum()
+
+    def checked(shards: Path, *arguments: str) -> str:
+        where = [f"--data.tokenizer={tokenizer_dir}", f"--run_dir={tmp_path / 'run'}", *arguments]
+        where.append(f"--data.shards={shards}")
+        done = script("pretrain", "--config", CONFIG, "--check", "--training.max_steps=300", *where)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = checked(many_shards_dir, f"--data.seq_len={longer}")
+    assert f"an epoch does not show {share:.1%} of the training tokens, and shows" in said
+    assert f"as {len(tokens)} shards are short: tokenize the corpus again to join them" in said
+    assert "an epoch" not in checked(shards_dir, "--data.seq_len=32")
+    padded = checked(shards_dir, "--data.packing=padded", "--data.seq_len=64")
+    assert "of the training tokens: data.packing padded leaves out what is beyond 64" in padded
+    assert not (tmp_path / "run").exists()

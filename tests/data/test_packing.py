@@ -1,5 +1,7 @@
 """Packing turns documents into rows: full sequences, or one document in each row."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,3 +75,19 @@ def test_padded_rows_have_few_lengths(longest: int, length: int) -> None:
     rows = Padded(streams(tokens), 40, BOS, EOS, PAD).rows(np.array([0, -1]))
     assert rows.shape == (2, length)
     assert rows[0].tolist().count(EOS) == 1 and rows[0, min(longest, length - 1)] == EOS
+
+
+def test_tokens_that_are_not_shown_or_shown_twice_are_counted() -> None:
+    shards = streams(np.arange(5), np.arange(9), np.arange(20), np.arange(4))
+    contiguous = Contiguous(shards, 11, 0, 1).shares_unshown_and_repeated()
+    assert contiguous == (18 / 38, 0.0)
+    shown = Counter[int]()
+    names = np.concatenate([np.arange(size) + 100 * shard for shard, size in enumerate([5, 9])])
+    named = streams(names[:5], names[5:])
+    sequences = Contiguous(named, 5, 0, 1)
+    for row in sequences.rows(np.arange(count(sequences))):
+        shown.update(row[1:].tolist())
+    unshown, repeated = sequences.shares_unshown_and_repeated()
+    assert unshown == len(set(names.tolist()) - set(shown)) / 14 == 0
+    assert repeated == sum(times == 2 for times in shown.values()) / 14
+    assert max(shown.values()) == 2

@@ -151,7 +151,7 @@ CASES: dict[str, tuple[Callable[[Inputs], tuple[object, ...]], str]] = {
         lambda w: w.tokenize(w.corpus, "--merge"),
         "1 of 1 pieces are not tokenized yet (0)",
     ),
-    "nothing held out": (lambda w: w.tokenize(w.file("a.txt", b"one line")), "raise --held_out"),
+    "nothing held out": (lambda w: w.tokenize(w.file("a.txt", b"one line")), "it is the only one"),
     "output exists": (
         lambda w: (
             "tokenize_corpus",

@@ -37,8 +37,8 @@ def test_manifest_holds_unigram_entropy(shards_dir: Path) -> None:
     ("text", "share", "message"),
     [
         ("\n\n", 0.1, "no documents to train on: the input has no text"),
-        ("one\n", 1 - 1e-9, "no documents to train on: lower --held_out"),
-        ("one\n", 1e-9, "none of 1 documents was held out"),
+        ("one\n", 1 - 1e-9, "none of 1 documents was left to train on, as it is the only one"),
+        ("one\n", 1e-9, "none of 1 documents was held out, as it is the only one"),
         ("one\n", 0.0, "must lie between 0 and 1"),
         ("one\n", 1.0, "must lie between 0 and 1"),
     ],

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from kantai.errors import UserError
-from kantai.storage.atomic import Damaged, digest, read_manifest, staged, verify
+from kantai.storage.atomic import (
+    Damaged,
+    digest,
+    locked,
+    read_manifest,
+    refuse_url,
+    staged,
+    verify,
+)
 from tests.helpers.commands import run_python
 
 
@@ -86,7 +94,7 @@ with staged(pathlib.Path({str(tmp_path / "model")!r})) as folder:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run_python(code).returncode == -signal.SIGKILL
-    assert names(tmp_path) == [".model.partial"]
+    assert names(tmp_path) == [".model.lock", ".model.partial"]
     seal(tmp_path / "model", a="whole")
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["a", "manifest.json"]
 
@@ -188,3 +196,57 @@ def test_damaged_manifest_is_named(tmp_path: Path, content: str | None) -> None:
     for reading in (read_manifest, verify):
         with pytest.raises(Damaged, match=r"model/manifest\.json is missing or unreadable"):
             reading(target)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/x",
+        "gs://bucket",
+        "hf://datasets/me/x",
+        "https://example.org/x",
+        "file:///tmp/x",
+    ],
+)
+def test_url_is_no_place_to_write(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is a URL: write to a local folder"), staged(Path(url)):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_data_set_of_the_hub_is_no_place_to_write() -> None:
+    with pytest.raises(UserError, match="hub:me/x is a URL"):
+        refuse_url(Path("hub:me/x"))
+
+
+@pytest.mark.parametrize("path", ["a", "./s3:", "/tmp/s3:/x", "runs/12:30", "a:b/c", "."])
+def test_local_path_is_a_place_to_write(path: str) -> None:
+    refuse_url(Path("x") / path)
+
+
+def test_lock_is_held_by_one_or_shared_by_several(tmp_path: Path) -> None:
+    target = tmp_path / "shards"
+    busy = "another process is writing .*/shards: wait for it"
+    with locked(target, shared=True):
+        with locked(target, shared=True):
+            with pytest.raises(UserError, match=busy), locked(target):
+                pass
+        with pytest.raises(UserError, match=busy), locked(target):
+            pass
+    with locked(target):
+        for shared in (True, False):
+            with pytest.raises(UserError, match=busy), locked(target, shared=shared):
+                pass
+    assert names(tmp_path) == []
+
+
+def test_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
+    """Its last holder removes the file while a next one has it open already."""
+    with locked(tmp_path / "shards"):
+        (tmp_path / ".shards.lock").unlink()
+        with locked(tmp_path / "shards"):
+            assert (tmp_path / ".shards.lock").exists()
+    assert names(tmp_path) == []

@@ -24,30 +24,17 @@ _TOKENS_COUNTED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the bytes of the shards.
-
-    Attributes:
-        pieces: the input.
-        unit: what one document is; None: lines of text, records of the rest.
-        text_field: the field of a record that holds its text.
-        tokenizer: the tokenizer's folder.
-        output: the folder to publish.
-        source: a note on the input, for the manifest.
-        held_out_share: share of the documents that goes to the held-out split.
-        unique: whether to deduplicate: keep only the first of a split's documents with the same
-            text.
-        held_out_pieces: a held-out split of the user's own, in place of a share.
-    """
+    """Everything that decides the bytes of the shards."""
 
     pieces: list[Piece]
     unit: Unit | None  # what one document is; None: lines of text, records of the rest
     text_field: str  # the field of a record that holds its text
     tokenizer: Path
-    output: Path
-    source: dict[str, Any]
-    held_out_share: float = 0.01
-    unique: bool = False
-    held_out_pieces: list[Piece] = field(default_factory=list)
+    output: Path  # the folder to publish
+    source: dict[str, Any]  # a note on the input, for the manifest
+    held_out_share: float = 0.01  # share of the documents that goes to the held-out split
+    unique: bool = False  # deduplicate: keep only the first of a split's documents with equal text
+    held_out_pieces: list[Piece] = field(default_factory=list)  # the user's own, for the share
 
     @property
     def all_pieces(self) -> list[Piece]:

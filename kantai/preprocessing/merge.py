@@ -92,16 +92,10 @@ def describe(manifest: dict[str, Any]) -> Iterator[str]:
 class _Contents:
     """What the merged shards hold."""
 
-    Attributes:
-        counts: how often each token occurs, [splits, vocabulary].
-        shards: the entries of each split's shards.
-        duplicates: documents left out.
-        overlap: the documents that are in both splits, and how the first of them begin.
-    """
-
-    counts: Int64s
-    shards: dict[str, list[dict[str, Any]]]
-    duplicates: int = 0
+    counts: Int64s  # how often each token occurs, [splits, vocabulary]
+    shards: dict[str, list[dict[str, Any]]]  # the entries of each split's shards
+    duplicates: int = 0  # documents left out
+    # The documents that are in both splits, and how the first of them begin.
     overlap: dict[str, Any] = field(default_factory=dict)
 
     def leave_out(self, split: str, tokens: TokenIds, documents: int) -> None:

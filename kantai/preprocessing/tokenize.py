@@ -6,7 +6,6 @@ after a kill makes only the pieces that have no record. :func:`kantai.preprocess
 publishes the folder once every piece has a record.
 """
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -93,7 +92,7 @@ class _PieceWriter:
         job = self._job
         piece = job.all_pieces[self._number]
         texts = documents(piece, job.unit, job.text_field, self._report)
-        for batch in _batched(self._long_documents.cut(texts)):
+        for batch in batched_texts(self._long_documents.cut(texts), _BATCH_DOCUMENTS):
             show_progress(self._tokenize_batch(batch))
         _refuse_changed(file for file in _files([piece]) if not file.is_data_set)
         shards = {split: self._shards[split].finish() for split in SPLITS}

@@ -157,7 +157,7 @@ def test_share_that_is_not_shown_is_described(
     many_shards_dir: Path, shards_dir: Path, tokenizer_dir: Path
 ) -> None:
     tokens = open_shards(many_shards_dir).splits["train"].tokens
-    said = printed("--shards", many_shards_dir)
+    said = inspect_data("--shards", many_shards_dir)
     shares = []
     for seq_len in (128, 512):
         rows = -(-tokens // (seq_len - 1))
@@ -169,11 +169,11 @@ def test_share_that_is_not_shown_is_described(
     longer = int(tokens.min()) + 2  # than the shortest shard
     where = ["--config", CONFIG, f"--data.tokenizer={tokenizer_dir}", f"--data.seq_len={longer}"]
     short = tokens[tokens < longer - 1]
-    said = printed(*where, f"--data.shards={many_shards_dir}")
+    said = inspect_data(*where, f"--data.shards={many_shards_dir}")
     share = short.sum() / tokens.sum()
     assert 0.001 < share < 0.1
     assert f"tokens not shown  {share:.1%} at seq_len {longer}" in said
-    assert "tokens not shown  0.0%" in printed(*where, f"--data.shards={shards_dir}")
+    assert "tokens not shown  0.0%" in inspect_data(*where, f"--data.shards={shards_dir}")
 
 
 def test_start_of_a_run_says_what_is_not_shown(

@@ -62,11 +62,11 @@ def assert_one_of_two_writes(start: Start, output: Path, has_begun: Callable[[],
         first.send_signal(signal.SIGSTOP)
         assert not output.exists()
         second = start()
-        assert second.ended() == 2
+        assert second.wait_for_end() == 2
         said = f"error: another process is writing {output}: wait for it, or choose another output"
         assert second.err.strip() == said
         first.send_signal(signal.SIGCONT)
-        assert first.ended() == 0
+        assert first.wait_for_end() == 0
     except BaseException:
         stop(first)
         raise
@@ -114,12 +114,12 @@ def test_merge_waits_for_a_part_that_is_tokenized(
     try:
         wait_until(pieces.exists, first)
         first.send_signal(signal.SIGSTOP)
-        assert Program([*command, "--part", "1", "--parts", "2"]).ended() == 0
+        assert Program([*command, "--part", "1", "--parts", "2"]).wait_for_end() == 0
         merge = Program([*command, "--merge"])
-        assert merge.ended() == 2
+        assert merge.wait_for_end() == 2
         assert "another process is writing" in merge.err
         first.send_signal(signal.SIGCONT)
-        assert first.ended() == 0
+        assert first.wait_for_end() == 0
     except BaseException:
         stop(first)
         raise
@@ -137,7 +137,7 @@ def test_start_that_was_killed_does_not_hinder_the_next(tmp_path: Path, large_fi
     wait_until((tmp_path / ".tokenizer.partial").exists, first)
     first.kill_all()
     assert (tmp_path / ".tokenizer.lock").exists()
-    assert Program(command).ended() == 0
+    assert Program(command).wait_for_end() == 0
     assert not list(tmp_path.glob(".tokenizer*"))
 
 

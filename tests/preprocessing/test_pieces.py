@@ -19,7 +19,7 @@ from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import _joined, describe, merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
-from tests.helpers.files import content, texts_of
+from tests.helpers.files import file_contents, split_documents
 
 MakeJob = Callable[..., Job]
 
@@ -57,7 +57,7 @@ def test_small_shards_are_joined_and_large_ones_are_moved(make_job: MakeJob) -> 
     sizes = [shard["tokens"] for shard in job.read_record(0)["train"]]  # type: ignore[index]
     before = {path.name: path.stat().st_ino for path in job.work.glob("train-*")}
     merge(job, sizes[0])
-    assert sorted(texts_of(job.output, "train")) == sorted(texts_of(apart.output, "train"))
+    assert sorted(split_documents(job.output, "train")) == sorted(split_documents(apart.output, "train"))
     shards = open_shards(job.output).splits["train"]
     assert 3 < len(shards) < len(before)
     assert min(shards.tokens) >= sizes[0]
@@ -90,7 +90,7 @@ def test_shards_of_two_merges_are_equal_when_the_first_was_killed(
         with pytest.raises(KeyboardInterrupt):
             merge(broken, limit)
     merge(broken, limit)
-    assert content(broken.output) == content(whole.output)
+    assert file_contents(broken.output) == file_contents(whole.output)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_equal_documents_are_left_out_of_joined_shards(make_job: MakeJob, tmp_pa
     for job in (every, once):
         tokenize(job, processes=1)
         merge(job)
-    kept = texts_of(once.output, "train")
-    assert kept == list(dict.fromkeys(texts_of(every.output, "train")))
+    kept = split_documents(once.output, "train")
+    assert kept == list(dict.fromkeys(split_documents(every.output, "train")))
     counts = open_shards(once.output).token_counts()[0]
     assert counts.sum() == sum(map(len, kept))
 
@@ -160,7 +160,7 @@ def test_bit_flipped_in_a_piece_is_found_by_the_merge(make_job: MakeJob, kind: s
     tokenize(whole, processes=1)
     merge(job)
     merge(whole)
-    assert content(job.output) == content(whole.output)
+    assert file_contents(job.output) == file_contents(whole.output)
 
 
 def test_bit_flipped_in_a_record_has_the_piece_made_again(make_job: MakeJob) -> None:
@@ -257,7 +257,7 @@ def test_validation_files_are_the_held_out_split(
     job = replace(job, held_out_pieces=cut)
     tokenize(job, processes=1)
     manifest = merge(job)
-    held_out = texts_of(job.output, "held_out")
+    held_out = split_documents(job.output, "held_out")
     lines = validation.read_text().split("\n")
     texts = [job.vocabulary.tokenizer.decode(tokens[:-1]) for tokens in held_out]
     assert texts == lines

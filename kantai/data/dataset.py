@@ -183,16 +183,8 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
         hashes=settings.verify_hashes if hashes else False,
         cache=lambda url: shard_cache(url, settings.cache_dir, settings.cache_gb),
     )
-    if shards.manifest["tokenizer"] != vocabulary.fingerprint:
-        raise UserError(
-            f"the shards {settings.shards} were made with another tokenizer than "
-            f"{settings.tokenizer}: name theirs in data.tokenizer, or tokenize the corpus again"
-        )
-    if config.model.vocab_size is not None and config.model.vocab_size < vocabulary.size:
-        raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is less than the tokenizer's "
-            f"{vocabulary.size} entries; raise it or leave it out"
-        )
+    _refuse_other_tokenizer(config, vocabulary, shards)
+    _refuse_small_model(config, vocabulary)
     data = Data(config, vocabulary, shards)
     _refuse_too_little_text(data)
     if config.stages and config.stages[-1].until_step >= data.max_steps:
@@ -210,6 +202,40 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
         if prompt.count(MASK_TOKEN) != 1:
             raise UserError(f"evaluation.prompts: {prompt!r} must have exactly one {MASK_TOKEN}")
     return data
+
+
+def _refuse_other_tokenizer(config: Config, vocabulary: Vocabulary, shards: ShardSet) -> None:
+    settings = config.data
+    advice = "name theirs in data.tokenizer, or tokenize the corpus again"
+    if not vocabulary.has_fingerprint(shards.manifest["tokenizer"]):
+        raise UserError(
+            f"the shards {settings.shards} were made with another tokenizer than "
+            f"{settings.tokenizer}: {advice}"
+        )
+    entries = shards.manifest["vocab_size"]
+    if not vocabulary.has_size(entries):
+        raise UserError(
+            f"the shards {settings.shards} were made with a tokenizer of {entries} entries, and "
+            f"{settings.tokenizer} has {vocabulary.size}: {advice}"
+        )
+
+
+def _refuse_small_model(config: Config, vocabulary: Vocabulary) -> None:
+    """Refuse an embedding without a row for each id, or without a position for each token."""
+    entries = config.model.vocab_size
+    if entries is not None and entries < vocabulary.size:
+        raise UserError(
+            f"model.vocab_size {entries} is less than the tokenizer's "
+            f"{vocabulary.size} entries; raise it or leave it out"
+        )
+    positions = config.model.max_position_embeddings
+    needed = vocabulary.positions(config.data.seq_len)
+    if positions is not None and positions < needed:
+        raise UserError(
+            f"model.max_position_embeddings {positions} is less than the {needed} that "
+            f"data.seq_len {config.data.seq_len} needs, as RoBERTa counts positions from the "
+            f"tokenizer's id of <pad>, {vocabulary.pad_id}, on; raise it or leave it out"
+        )
 
 
 def _refuse_too_little_text(data: Data) -> None:

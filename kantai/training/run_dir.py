@@ -112,8 +112,12 @@ class RunDir:
         theirs = lineage if isinstance(lineage, dict) else {}
         checkpoint = self.store.path(step)
         self._check_settings(checkpoint, theirs.get("settings"))
-        for key in ("shards", "tokenizer"):
-            if theirs.get(key) != self.lineage[key]:
+        same = {
+            "shards": theirs.get("shards") == self.lineage["shards"],
+            "tokenizer": self.data.vocabulary.has_fingerprint(theirs.get("tokenizer")),
+        }
+        for key, is_same in same.items():
+            if not is_same:
                 raise UserError(
                     f"{checkpoint} was trained on other {key} than "
                     f"{getattr(self.config.data, key)}: name those of its start"

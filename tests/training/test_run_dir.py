@@ -143,3 +143,20 @@ def test_a_config_that_was_edited_by_hand_is_not_taken_up(begun: tuple[Path, lis
     config.write_text(config.read_text().replace("seed: 0", "seed: 5"))
     with pytest.raises(UserError, match=r"was made with seed 0, and .* says 5"):
         opened(saved_config(path)).newest()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_checkpoint_of_kantai_0_1_fits_its_tokenizer(
+    begun: tuple[Path, list[str]], fits: bool
+) -> None:
+    path, _ = begun
+    run = opened(saved_config(path))
+    before = run.data.vocabulary.old_fingerprint
+    run.lineage["tokenizer"] = before if fits else before[::-1]
+    save_checkpoint(run, fixed_settings(run.config))
+    again = opened(saved_config(path))
+    if fits:
+        assert again.newest() == 2
+        return
+    with pytest.raises(UserError, match="was trained on other tokenizer"):
+        again.newest()

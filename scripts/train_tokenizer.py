@@ -20,7 +20,12 @@ from kantai.preprocessing.documents import (
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.sampling import draw_samples
-from kantai.preprocessing.tokenizer_training import check_settings, coverage, train_tokenizer
+from kantai.preprocessing.tokenizer_training import (
+    LongWords,
+    check_settings,
+    coverage,
+    train_tokenizer,
+)
 from kantai.storage.atomic import staged
 
 
@@ -40,7 +45,10 @@ def main() -> None:
         )
         texts = sample.read(partial(read, report=report))
         texts = with_progress_bar(texts, sample.expected_bytes, "reading")
-        tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
+        long_words = LongWords()
+        tokenizer = train_tokenizer(
+            texts, arguments.vocab_size, arguments.min_frequency, long_words=long_words
+        )
         save_tokenizer(tokenizer, folder)
         vocabulary = load_tokenizer(folder)
         if vocabulary.size == len(SPECIAL_TOKENS) + 256:
@@ -58,10 +66,11 @@ def main() -> None:
             "seed": arguments.seed,
             "coverage": fit,
             "read": dataclasses.asdict(report),
+            "long_words": dataclasses.asdict(long_words),
         }
         text = json.dumps(content, indent=1) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
-    for note in report.notes():
+    for note in (*report.notes(), *long_words.notes()):
         print(note)
     entries = f"{vocabulary.size:,} of {arguments.vocab_size:,} entries"
     print(f"{arguments.output}: the corpus filled {entries}")

@@ -3,7 +3,9 @@
 import filecmp
 import json
 import os
+import random
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from kantai.data.tokenizer import load_tokenizer, save_tokenizer
 from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import find_files
-from kantai.preprocessing.tokenizer_training import coverage, train_tokenizer
+from kantai.preprocessing.tokenizer_training import LongWords, coverage, train_tokenizer
 from tests.helpers.commands import run_program
 
 
@@ -107,3 +109,48 @@ def test_processes_train_the_same_tokenizer_on_any_number_of_threads(
     report = json.loads((tmp_path / "true" / "report.json").read_text(encoding="utf-8"))
     assert report["sample_bytes"] < 1.1e6 < report["corpus_bytes"]
     assert report["coverage"]["one_token_words"] > 0.5
+
+
+def dna(letters: int, seed: int = 0) -> str:
+    return "".join(random.Random(seed).choices("ACGT", k=letters))
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        dna(200_000),
+        " " * 200_000 + "a",
+        "=" * 150_000 + "-" * 50_000,
+        "".join(random.Random(1).choices("0123456789", k=200_000)),
+        "".join(random.Random(2).choices("純粋理性批判の", k=200_000)),
+    ],
+)
+def test_long_word_takes_no_square_of_its_length(long: str) -> None:
+    found = LongWords()
+    start = time.process_time()
+    tokenizer = train_tokenizer([f"{FREQUENT[0]} {long}", *FREQUENT], 2000, 2, long_words=found)
+    assert time.process_time() - start < 10  # it took 45 s, and four times as much for 400,000
+    assert found.count >= 1
+    assert found.longest >= 50_000
+    assert [note.split(" characters")[0] for note in found.notes()] == [
+        f"{found.count} words of more than 1,000"
+    ]
+    assert "ĠCritique" in tokenizer.encode(FREQUENT[0]).tokens
+
+
+def test_words_of_a_thousand_letters_are_left_whole() -> None:
+    texts = [f"{dna(1000, seed)} {dna(999, seed + 50)}" for seed in range(20)] + FREQUENT
+    found = LongWords()
+    tokenizer = train_tokenizer(texts, 1000, 2, long_words=found)
+    assert (found.count, list(found.notes())) == (0, [])
+    pieces = [piece for text in texts for piece in (text[:1000], text[1000:])]
+    assert tokenizer.to_str() == train_tokenizer(pieces[:40] + FREQUENT, 1000, 2).to_str()
+
+
+def test_error_of_a_reader_ends_training() -> None:
+    def broken() -> Iterator[str]:
+        yield "text"
+        raise UserError("the 2nd text is broken")
+
+    with pytest.raises(UserError, match="the 2nd text is broken"):
+        train_tokenizer(broken(), 1000, 2)

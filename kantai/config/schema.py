@@ -77,8 +77,8 @@ class MaskingConfig(Section):
 
     unit: Literal["token", "word", "span"] = Field(
         "token",
-        description="what is hidden as a whole: tokens, words, or spans of 3.8 words on average "
-        "(SpanBERT)",
+        description="what is hidden as a whole: tokens, words of the text, or spans of 3.8 words "
+        "on average (SpanBERT)",
     )
     ratio: float = Field(
         0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted"

@@ -14,20 +14,29 @@ from pathlib import Path
 from kantai.config.batch_plan import BatchPlan
 from kantai.config.schema import Config
 from kantai.data.batches import Batches, Stage
-from kantai.data.masking import Masker, Words
+from kantai.data.masking import Masker
 from kantai.data.packing import Contiguous, Padded, Sequences
 from kantai.data.prompts import derive_prompts
 from kantai.data.shards import SPLITS, ShardSet, open_shards
 from kantai.data.shuffle import Sequential, Shuffled
 from kantai.data.tokenizer import MASK_TOKEN, Vocabulary, load_tokenizer
+from kantai.data.words import Words
 from kantai.errors import UserError
 from kantai.storage.remote_cache import Cache
 
 # Of what a config shows at each step: raised when a release would show a run other data.
 STREAM_VERSION = 1
+# Of runs that mask words or spans. 2: a word goes on after combining marks, and parts of a
+# character have the class of that character.
+STREAM_VERSION_OF_WORDS = 2
 
 # Held-out masks are the same in every run, so that the runs' losses can be compared.
 _EVALUATION_SEED = 0
+
+
+def stream_version(masking_unit: str) -> int:
+    """The version of the data stream of a run that masks such units."""
+    return STREAM_VERSION if masking_unit == "token" else STREAM_VERSION_OF_WORDS
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,13 @@ class Data:
         """
         return float(self.shards.manifest["splits"]["train"]["unigram_entropy"])
 
+    @cached_property
+    def words(self) -> Words | None:
+        """Where words begin, if the run masks words or spans of them."""
+        if self.config.masking.unit == "token":
+            return None
+        return Words.of(self.vocabulary.tokenizer, self.vocabulary.special_ids)
+
     def samples(self, split: str, seq_len: int | None = None) -> int:
         """Number of sequences of a split, of the given length or the config's."""
         sequences = self._sequences(split, seq_len or self.config.data.seq_len)
@@ -103,14 +119,10 @@ class Data:
             stages.append(Stage(shape.first_step, first_position, plan, sequences, order))
             orders.append(order)
         masking = self.config.masking
-        vocabulary = self.vocabulary
-        words = None
-        if masking.unit != "token":
-            words = Words.of(vocabulary.tokenizer, vocabulary.special_ids)
         masker = dataclasses.replace(
             self._masker(masking.mask_share, masking.random_share, self.config.seed),
             unit=masking.unit,
-            words=words,
+            words=self.words,
             final_ratio=masking.final_ratio,
             max_steps=self.max_steps,
         )
@@ -186,6 +198,7 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
     _refuse_other_tokenizer(config, vocabulary, shards)
     _refuse_small_model(config, vocabulary)
     data = Data(config, vocabulary, shards)
+    _ = data.words  # refuses a tokenizer whose tokens have no words
     _refuse_too_little_text(data)
     if config.stages and config.stages[-1].until_step >= data.max_steps:
         raise UserError(

@@ -98,3 +98,14 @@ def test_other_settings_than_the_checkpoints_are_refused(old: Path) -> None:
     with pytest.raises(UserError, match="made with other settings"):
         list(convert_run(old / "run"))
     assert (old / "run/checkpoints/update-00000004").exists()
+
+
+def test_run_of_words_is_left_to_the_old_release(old: Path) -> None:
+    path = old / "run/config.yaml"
+    before = path.read_text()
+    for unit in ("word", "span"):
+        path.write_text(before.replace("unit: token", f"unit: {unit}"))
+        with pytest.raises(UserError, match=r"finish the run with kantai 0\.1"):
+            list(convert_run(old / "run"))
+        assert (old / "run/checkpoints/update-00000004").exists()
+        assert not (old / "run/version.json").exists()

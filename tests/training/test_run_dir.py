@@ -160,3 +160,24 @@ def test_checkpoint_of_kantai_0_1_fits_its_tokenizer(
         return
     with pytest.raises(UserError, match="was trained on other tokenizer"):
         again.newest()
+
+
+@pytest.mark.parametrize(("unit", "goes_on"), [("token", True), ("word", False), ("span", False)])
+def test_run_of_words_before_marks_belonged_to_them_is_refused(
+    tmp_path: Path, shards_dir: Path, tokenizer_dir: Path, unit: str, goes_on: bool
+) -> None:
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    arguments = [*TINY, *where, f"--run_dir={tmp_path / 'run'}", f"--masking.unit={unit}"]
+    config = load_config(CONFIG, arguments)
+    opened(config).create()
+    assert opened(load_run_config(CONFIG, arguments)).newest() == 0
+
+    version = {"kantai": "0.1.5", "format": FORMAT, "stream": STREAM_VERSION}
+    (tmp_path / "run" / VERSION_FILE).write_text(json.dumps(version))
+    if goes_on:
+        assert opened(load_run_config(CONFIG, arguments)).newest() == 0
+        return
+    with pytest.raises(
+        UserError, match=r"would show it other data: continue it with kantai 0\.1\.5"
+    ):
+        load_run_config(CONFIG, arguments)

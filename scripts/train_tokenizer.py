@@ -31,7 +31,10 @@ from kantai.storage.atomic import staged
 
 def main() -> None:
     arguments = parse_arguments()
-    check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
+    special_tokens = arguments.special_tokens
+    check_settings(
+        arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes, special_tokens
+    )
     report = Report()
     read = partial(documents, unit=arguments.document, text_field=arguments.text_field)
     with staged(arguments.output, kind="tokenizer") as folder:
@@ -47,11 +50,15 @@ def main() -> None:
         texts = with_progress_bar(texts, sample.expected_bytes, "reading")
         long_words = LongWords()
         tokenizer = train_tokenizer(
-            texts, arguments.vocab_size, arguments.min_frequency, long_words=long_words
+            texts,
+            arguments.vocab_size,
+            arguments.min_frequency,
+            special_tokens=special_tokens,
+            long_words=long_words,
         )
         save_tokenizer(tokenizer, folder)
         vocabulary = load_tokenizer(folder)
-        if vocabulary.size == len(SPECIAL_TOKENS) + 256:
+        if vocabulary.size == len(SPECIAL_TOKENS) + len(special_tokens) + 256:
             raise UserError(
                 "the corpus filled no entry beyond the single bytes: "
                 "bring more text, or lower --min_frequency"
@@ -94,6 +101,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=52_000, help=size)
     frequency = "how often a pair must occur to become an entry (default 2)"
     parser.add_argument("--min_frequency", type=int, default=2, help=frequency)
+    parser.add_argument(
+        "--special_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="entries of your own, such as '<url>': one token wherever a text has it",
+    )
     parser.add_argument(
         "--sample_bytes",
         type=float,

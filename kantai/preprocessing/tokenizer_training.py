@@ -1,10 +1,12 @@
 """Train RoBERTa's byte-level BPE tokenizer, and measure how well a vocabulary fits a text."""
 
+import contextlib
 import itertools
+import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from tokenizers.trainers import BpeTrainer
 
 from kantai.data.tokenizer import SPECIAL_TOKENS, Vocabulary, batched_texts, text_parts
 from kantai.errors import UserError
+from kantai.preprocessing.training_progress import bars_of_library, is_terminal
 
 _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and all bytes
 _MAX_SAMPLE_BYTES = 4_000_000_000
@@ -32,19 +35,35 @@ _HIGH_BYTES = {
 }
 
 
-def check_settings(vocab_size: int, min_frequency: int, sample_bytes: float = 0) -> None:
+def check_settings(
+    vocab_size: int,
+    min_frequency: int,
+    sample_bytes: float = 0,
+    special_tokens: Collection[str] = (),
+) -> None:
     """Refuse settings with which no tokenizer can be trained.
 
     Raises:
         UserError: ``vocab_size`` has no room for the special tokens and the 256 bytes,
-            ``min_frequency`` is below 1, or the library's 32-bit counts of pairs could overflow
-            with ``sample_bytes`` of text (huggingface/tokenizers#1170).
+            ``min_frequency`` is below 1, the library's 32-bit counts of pairs could overflow
+            with ``sample_bytes`` of text (huggingface/tokenizers#1170), or ``special_tokens``
+            cannot be entries beside the others.
     """
-    if vocab_size < _MIN_VOCAB_SIZE:
+    min_vocab_size = _MIN_VOCAB_SIZE + len(special_tokens)
+    if vocab_size < min_vocab_size:
         raise UserError(
             f"--vocab_size {vocab_size} is too small: "
-            f"the special tokens and the 256 bytes alone are {_MIN_VOCAB_SIZE}"
+            f"the special tokens and the 256 bytes alone are {min_vocab_size}"
         )
+    taken = {*SPECIAL_TOKENS, *pre_tokenizers.ByteLevel.alphabet()}
+    for token in special_tokens:
+        if token in taken:
+            raise UserError(f"--special_tokens: {token!r} is an entry already; leave it out")
+        if not token or token != token.strip() or "\0" in token:
+            raise UserError(
+                f"--special_tokens: {token!r} must be something, and have no white space around it"
+            )
+        taken.add(token)
     if min_frequency < 1:
         raise UserError(f"--min_frequency {min_frequency} must be at least 1")
     if not 0 <= sample_bytes <= _MAX_SAMPLE_BYTES:
@@ -81,7 +100,7 @@ def train_tokenizer(
     vocab_size: int,
     min_frequency: int,
     *,
-    show_progress: bool = False,
+    special_tokens: Collection[str] = (),
     long_words: LongWords | None = None,
 ) -> Tokenizer:
     """Train a byte-level BPE with RoBERTa's special tokens as ids 0 to 4.
@@ -92,13 +111,13 @@ def train_tokenizer(
         texts: documents, together at most 4 GB.
         vocab_size: maximum number of entries; a small corpus fills fewer.
         min_frequency: how often a pair must occur to become an entry.
-        show_progress: show the library's progress bars.
+        special_tokens: entries behind RoBERTa's five. Each is one token wherever a text has it.
         long_words: counts the words that are cut.
 
     Raises:
         UserError: see :func:`check_settings`.
     """
-    check_settings(vocab_size, min_frequency)
+    check_settings(vocab_size, min_frequency, special_tokens=special_tokens)
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -107,20 +126,40 @@ def train_tokenizer(
         AddedToken(token, special=True, normalized=False, lstrip=token == "<mask>")
         for token in SPECIAL_TOKENS
     ]
+    specials += [AddedToken(token, normalized=False) for token in special_tokens]
+    shows_progress = is_terminal()
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=show_progress,
+        show_progress=shows_progress,
+        progress_format="json" if shows_progress else "silent",
     )
     parts = itertools.chain.from_iterable(map(text_parts, texts))
     short = _cut_long_words(parts, tokenizer.pre_tokenizer, long_words or LongWords())
-    _end_at_interrupt(lambda texts: tokenizer.train_from_iterator(texts, trainer), short)
+
+    def train(texts: Iterator[str]) -> None:
+        bars = bars_of_library() if shows_progress else contextlib.nullcontext()
+        with bars:
+            tokenizer.train_from_iterator(texts, trainer)
+
+    _end_at_interrupt(train, short)
     tokenizer.post_processor = processors.RobertaProcessing(
         ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
     )
-    return tokenizer
+    return _with_ordinary(tokenizer, special_tokens) if special_tokens else tokenizer
+
+
+def _with_ordinary(tokenizer: Tokenizer, tokens: Collection[str]) -> Tokenizer:
+    """Have tokens be found in documents, where special ones are text like any other.
+
+    The library's trainer marks all tokens that it is given as special.
+    """
+    content = json.loads(tokenizer.to_str())
+    for entry in content["added_tokens"]:
+        entry["special"] &= entry["content"] not in tokens
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _cut_long_words(

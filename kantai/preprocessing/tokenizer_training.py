@@ -4,10 +4,13 @@ import contextlib
 import itertools
 import json
 import re
+import sys
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
@@ -20,7 +23,6 @@ from kantai.preprocessing.training_progress import bars_of_library, is_terminal
 
 _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and all bytes
 _MAX_SAMPLE_BYTES = 4_000_000_000
-_WORD = re.compile(r"\w+")
 # Of 400,000 letters of DNA, training took two minutes, and four times as long for twice as many:
 # the library goes through a whole word for each of its merges.
 _MAX_WORD_CHARACTERS = 1000
@@ -222,6 +224,13 @@ def _end_at_interrupt(work: Callable[[Iterator[str]], None], texts: Iterable[str
         raise errors[0]
 
 
+@cache
+def _words() -> re.Pattern[str]:
+    characters = map(chr, range(sys.maxunicode + 1))
+    marks = "".join(mark for mark in characters if unicodedata.category(mark)[0] == "M")
+    return re.compile(rf"[\w{marks}]+")
+
+
 def coverage(vocabulary: Vocabulary, texts: Iterable[str]) -> dict[str, float]:
     """Measure how well a vocabulary fits texts, best of all texts that it was not trained on.
 
@@ -230,8 +239,8 @@ def coverage(vocabulary: Vocabulary, texts: Iterable[str]) -> dict[str, float]:
         ``bytes_per_token``: the higher, the shorter the sequences. It compares vocabularies of one
         language only.
         ``words_per_token``: the same for words, divided by white space.
-        ``one_token_words``: share of the words (letters and digits, after a space) that are one
-        token.
+        ``one_token_words``: share of the words (letters and digits with their combining marks,
+        after a space) that are one token.
         ``used_entries``: share of the vocabulary that occurs.
         ``byte_tokens``: share of the tokens that are one byte of a character outside of ASCII; the
         vocabulary lacks these characters.
@@ -244,7 +253,7 @@ def coverage(vocabulary: Vocabulary, texts: Iterable[str]) -> dict[str, float]:
         for text in group:
             text_bytes += len(text.encode())
             spaced_words += len(text.split())
-            words.update(_WORD.findall(text))
+            words.update(_words().findall(text))
         counts += np.bincount(vocabulary.encode(group)[0], minlength=vocabulary.size)
     tokens_of_words = vocabulary.encode([f" {word}" for word in words])[1]
     whole = (np.fromiter(words.values(), np.int64) * (tokens_of_words == 1)).sum()

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from kantai.config.loading import load_config, save_config
+from kantai.data.inspect import describe_shards
 from kantai.data.shards import open_shards
 from kantai.data.tokenizer import load_tokenizer
+from kantai.errors import UserError
 from tests.helpers.commands import CONFIG, script
+from tests.helpers.tokenizers import loaded
 
 
 @pytest.fixture
@@ -147,3 +151,15 @@ def test_of_a_run_that_passed_over_data_what_it_was_shown_is_printed(
 def test_what_cannot_be_looked_at_is_said(arguments: list[str], message: str) -> None:
     done = script("inspect_data", *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_tokens_are_not_read_with_another_tokenizer(
+    tmp_path: Path, shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    shards = open_shards(shards_dir)
+    vocabulary = load_tokenizer(tokenizer_dir)
+    assert any("frequent tokens" in line for line in describe_shards(shards, vocabulary))
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    tokenizer.add_tokens(["<url>"])
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        list(describe_shards(shards, loaded(tokenizer, tmp_path)))

@@ -4,6 +4,7 @@
 import hashlib
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,3 +173,30 @@ def test_check_refuses_a_tokenizer_without_words(
     config = load_config(CONFIG, [*where, "--masking.unit=word"])
     assert open_data(config).words is not None
     assert open_data(load_config(CONFIG, where)).words is None
+
+
+def as_in_llama(tokenizer: Tokenizer) -> Tokenizer:
+    """Spaces are replaced by a normalizer, and unknown characters are tokens of their bytes."""
+
+    def change(content: dict[str, Any]) -> None:
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        prepend = {"type": "Prepend", "prepend": "\u2581"}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+        content["pre_tokenizer"] = None
+        content["decoder"] = None
+        content["model"]["byte_fallback"] = True
+        vocab = content["model"]["vocab"]
+        vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+
+    return changed(tokenizer, change)
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_words_are_those_of_the_text_with_tokens_for_bytes(language: str) -> None:
+    text = TEXTS[language]
+    tokenizer = as_in_llama(trained("BPE", [text[: len(text) // 3]]))
+    special = tuple(tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
+    ids, expected = expected_starts(tokenizer, text)
+    assert any((tokenizer.id_to_token(token) or "").startswith("<0x") for token in ids)
+    starts = Words.of(tokenizer, special).starts(np.array([[special[0], *ids]]))[0, 1:]
+    assert starts.tolist()[1:] == expected[1:]

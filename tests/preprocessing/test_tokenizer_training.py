@@ -239,3 +239,11 @@ def test_terminal_shows_how_long_training_takes(tmp_path: Path) -> None:
     assert b'"stage"' not in shown
     assert b"Pre-processing" not in shown
     os.close(screen)
+
+
+def test_word_with_vowel_signs_is_one_word(tmp_path: Path) -> None:
+    text = "\u0915\u093f\u0924\u093e\u092c \u0939\u0948"  # two words of Hindi
+    save_tokenizer(train_tokenizer([text] * 9, 400, 2), tmp_path)
+    seen = coverage(load_tokenizer(tmp_path), [text])
+    assert seen["one_token_words"] == 0  # GPT-2's pattern cuts at the vowel signs
+    assert seen["words_per_token"] == 2 / load_tokenizer(tmp_path).encode([text])[1].sum()

@@ -31,10 +31,8 @@ from kantai.storage.atomic import staged
 
 def main() -> None:
     arguments = parse_arguments()
-    special_tokens = arguments.special_tokens
-    check_settings(
-        arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes, special_tokens
-    )
+    own = arguments.special_tokens
+    check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes, own)
     report = Report()
     read = partial(documents, unit=arguments.document, text_field=arguments.text_field)
     with staged(arguments.output, kind="tokenizer") as folder:
@@ -53,12 +51,12 @@ def main() -> None:
             texts,
             arguments.vocab_size,
             arguments.min_frequency,
-            special_tokens=special_tokens,
+            special_tokens=own,
             long_words=long_words,
         )
         save_tokenizer(tokenizer, folder)
         vocabulary = load_tokenizer(folder)
-        if vocabulary.size == len(SPECIAL_TOKENS) + len(special_tokens) + 256:
+        if vocabulary.size == len(SPECIAL_TOKENS) + len(own) + 256:
             raise UserError(
                 "the corpus filled no entry beyond the single bytes: "
                 "bring more text, or lower --min_frequency"
@@ -85,7 +83,11 @@ def main() -> None:
         f"trained on {sample.bytes:,} of about {corpus_bytes:,} bytes, "
         f"in {sample.files:,} of {len(files):,} files"
     )
-    print(
+    print(describe(fit))
+
+
+def describe(fit: dict[str, float]) -> str:
+    return (
         f"{fit['bytes_per_token']:.2f} bytes and {fit['words_per_token']:.2f} words a token, "
         f"{fit['one_token_words']:.0%} of words whole"
     )

@@ -91,9 +91,9 @@ class LongWords:
         """Yield a line for the user if there are any."""
         if self.count:
             yield (
-                f"{self.count:,} words of more than {_MAX_WORD_CHARACTERS:,} characters, the "
-                f"longest of {self.longest:,}, were cut into pieces to train on: text without "
-                "spaces is perhaps no language"
+                f"words of more than {_MAX_WORD_CHARACTERS:,} characters, which were cut to train "
+                f"on: {self.count:,}, the longest of {self.longest:,} characters; if that is no "
+                "language, leave it out"
             )
 
 

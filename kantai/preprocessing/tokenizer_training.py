@@ -224,6 +224,27 @@ def _end_at_interrupt(work: Callable[[Iterator[str]], None], texts: Iterable[str
         raise errors[0]
 
 
+def describe_coverage(fit: dict[str, float]) -> str:
+    """A line for the user."""
+    return (
+        f"{fit['bytes_per_token']:.2f} bytes and {fit['words_per_token']:.2f} words a token, "
+        f"{fit['one_token_words']:.0%} of words whole"
+    )
+
+
+def refuse_bytes_alone(vocabulary: Vocabulary, special_tokens: Collection[str]) -> None:
+    """Refuse a vocabulary that learned nothing from its texts.
+
+    Raises:
+        UserError: it has no entry beside the special tokens and the bytes.
+    """
+    if vocabulary.size == _MIN_VOCAB_SIZE + len(special_tokens):
+        raise UserError(
+            "the corpus filled no entry beyond the single bytes: "
+            "bring more text, or lower --min_frequency"
+        )
+
+
 @cache
 def _words() -> re.Pattern[str]:
     characters = map(chr, range(sys.maxunicode + 1))

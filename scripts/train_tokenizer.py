@@ -9,8 +9,8 @@ import json
 from functools import partial
 from pathlib import Path
 
-from kantai.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer
-from kantai.errors import UserError, run_command
+from kantai.data.tokenizer import load_tokenizer, save_tokenizer
+from kantai.errors import run_command
 from kantai.preprocessing.documents import (
     add_corpus_arguments,
     documents,
@@ -20,34 +20,38 @@ from kantai.preprocessing.documents import (
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.sampling import draw_samples
-from kantai.preprocessing.tokenizer_training import check_settings, coverage, train_tokenizer
+from kantai.preprocessing.tokenizer_training import (
+    LongWords,
+    check_settings,
+    coverage,
+    describe_coverage,
+    refuse_bytes_alone,
+    train_tokenizer,
+)
 from kantai.storage.atomic import staged
 
 
 def main() -> None:
     arguments = parse_arguments()
-    check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
+    own = arguments.special_tokens
+    check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes, own)
     report = Report()
     read = partial(documents, unit=arguments.document, text_field=arguments.text_field)
     with staged(arguments.output, kind="tokenizer") as folder:
         files = find_files(arguments.input)
+        can_split = partial(splittable, unit=arguments.document)
         sample, rest = draw_samples(
-            files,
-            int(arguments.sample_bytes),
-            arguments.seed,
-            read,
-            splittable=partial(splittable, unit=arguments.document),
+            files, int(arguments.sample_bytes), arguments.seed, read, splittable=can_split
         )
         texts = sample.read(partial(read, report=report))
         texts = with_progress_bar(texts, sample.expected_bytes, "reading")
-        tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
+        cut = LongWords()
+        tokenizer = train_tokenizer(
+            texts, arguments.vocab_size, arguments.min_frequency, special_tokens=own, long_words=cut
+        )
         save_tokenizer(tokenizer, folder)
         vocabulary = load_tokenizer(folder)
-        if vocabulary.size == len(SPECIAL_TOKENS) + 256:
-            raise UserError(
-                "the corpus filled no entry beyond the single bytes: "
-                "bring more text, or lower --min_frequency"
-            )
+        refuse_bytes_alone(vocabulary, own)
         fit = coverage(vocabulary, rest.read(read))
         corpus_bytes = sum(file.text_bytes for file in files)
         content = {
@@ -58,10 +62,11 @@ def main() -> None:
             "seed": arguments.seed,
             "coverage": fit,
             "read": dataclasses.asdict(report),
+            "long_words": dataclasses.asdict(cut),
         }
         text = json.dumps(content, indent=1) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
-    for note in report.notes():
+    for note in (*report.notes(), *cut.notes()):
         print(note)
     entries = f"{vocabulary.size:,} of {arguments.vocab_size:,} entries"
     print(f"{arguments.output}: the corpus filled {entries}")
@@ -69,10 +74,7 @@ def main() -> None:
         f"trained on {sample.bytes:,} of about {corpus_bytes:,} bytes, "
         f"in {sample.files:,} of {len(files):,} files"
     )
-    print(
-        f"{fit['bytes_per_token']:.2f} bytes and {fit['words_per_token']:.2f} words a token, "
-        f"{fit['one_token_words']:.0%} of words whole"
-    )
+    print(describe_coverage(fit))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,12 +87,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=52_000, help=size)
     frequency = "how often a pair must occur to become an entry (default 2)"
     parser.add_argument("--min_frequency", type=int, default=2, help=frequency)
-    parser.add_argument(
-        "--sample_bytes",
-        type=float,
-        default=1e9,
-        help="bytes of text to train on, drawn from all of the input (default 1e9)",
-    )
+    own = "entries of your own, such as '<url>': one token wherever a text has it"
+    parser.add_argument("--special_tokens", nargs="+", default=[], metavar="TOKEN", help=own)
+    sample = "bytes of text to train on, drawn from all of the input (default 1e9)"
+    parser.add_argument("--sample_bytes", type=float, default=1e9, help=sample)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     return parser.parse_args()
 

@@ -77,8 +77,8 @@ class MaskingConfig(Section):
 
     unit: Literal["token", "word", "span"] = Field(
         "token",
-        description="what is hidden as a whole: tokens, words, or spans of 3.8 words on average "
-        "(SpanBERT)",
+        description="what is hidden as a whole: tokens, words of the text, or spans of 3.8 words "
+        "on average (SpanBERT)",
     )
     ratio: float = Field(
         0.15, gt=0, lt=1, description="share of a sequence's tokens that is to be predicted"
@@ -127,11 +127,13 @@ class ModelConfig(Section):
     layer_norm_eps: float = Field(1e-5, gt=0, description="epsilon of the layer norms")
     vocab_size: Positive | None = Field(
         None,
-        description="rows of the embedding; default: the tokenizer's size, rounded up to a "
-        "multiple of 64",
+        description="rows of the embedding; default: the tokenizer's largest id + 1, rounded up "
+        "to a multiple of 64",
     )
     max_position_embeddings: Positive | None = Field(
-        None, description="default: data.seq_len + 2, as RoBERTa counts them"
+        None,
+        description="default: data.seq_len + 2, as RoBERTa counts them, or more where the "
+        "tokenizer's id of <pad> is above 1",
     )
 
     @model_validator(mode="after")

@@ -14,22 +14,31 @@ from pathlib import Path
 from kantai.config.batch_plan import BatchPlan
 from kantai.config.schema import Config
 from kantai.data.batches import Batches, Stage
-from kantai.data.masking import Masker, Words
+from kantai.data.masking import Masker
 from kantai.data.packing import Contiguous, Padded, Sequences
 from kantai.data.prompts import derive_prompts
 from kantai.data.shards import MIN_SHARD_TOKENS, SPLITS, ShardSet, open_shards
 from kantai.data.shuffle import Sequential, Shuffled
 from kantai.data.tokenizer import MASK_TOKEN, Vocabulary, load_tokenizer
+from kantai.data.words import Words
 from kantai.errors import UserError
 from kantai.storage.remote_cache import Cache
 
 # Of what a config shows at each step: raised when a release would show a run other data.
 STREAM_VERSION = 1
+# Of runs that mask words or spans. 2: a word goes on after combining marks, and parts of a
+# character have the class of that character.
+STREAM_VERSION_OF_WORDS = 2
 
 _NOTABLE_SHARE = 0.001
 
 # Held-out masks are the same in every run, so that the runs' losses can be compared.
 _EVALUATION_SEED = 0
+
+
+def stream_version(masking_unit: str) -> int:
+    """The version of the data stream of a run that masks such units."""
+    return STREAM_VERSION if masking_unit == "token" else STREAM_VERSION_OF_WORDS
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,13 @@ class Data:
         A model that has learned only these frequencies has this loss.
         """
         return float(self.shards.manifest["splits"]["train"]["unigram_entropy"])
+
+    @cached_property
+    def words(self) -> Words | None:
+        """Where words begin, if the run masks words or spans of them."""
+        if self.config.masking.unit == "token":
+            return None
+        return Words.of(self.vocabulary.tokenizer, self.vocabulary.special_ids)
 
     def samples(self, split: str, seq_len: int | None = None) -> int:
         """Number of sequences of a split, of the given length or the config's."""
@@ -133,14 +149,10 @@ class Data:
             stages.append(Stage(shape.first_step, first_position, plan, sequences, order))
             orders.append(order)
         masking = self.config.masking
-        vocabulary = self.vocabulary
-        words = None
-        if masking.unit != "token":
-            words = Words.of(vocabulary.tokenizer, vocabulary.special_ids)
         masker = dataclasses.replace(
             self._masker(masking.mask_share, masking.random_share, self.config.seed),
             unit=masking.unit,
-            words=words,
+            words=self.words,
             final_ratio=masking.final_ratio,
             max_steps=self.max_steps,
         )
@@ -213,17 +225,10 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
         hashes=settings.verify_hashes if hashes else False,
         cache=lambda url: shard_cache(url, settings.cache_dir, settings.cache_gb),
     )
-    if shards.manifest["tokenizer"] != vocabulary.fingerprint:
-        raise UserError(
-            f"the shards {settings.shards} were made with another tokenizer than "
-            f"{settings.tokenizer}: name theirs in data.tokenizer, or tokenize the corpus again"
-        )
-    if config.model.vocab_size is not None and config.model.vocab_size < vocabulary.size:
-        raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is less than the tokenizer's "
-            f"{vocabulary.size} entries; raise it or leave it out"
-        )
+    _refuse_other_tokenizer(config, vocabulary, shards)
+    _refuse_small_model(config, vocabulary)
     data = Data(config, vocabulary, shards)
+    _ = data.words  # refuses a tokenizer whose tokens have no words
     _refuse_too_little_text(data)
     if config.stages and config.stages[-1].until_step >= data.max_steps:
         raise UserError(
@@ -240,6 +245,40 @@ def open_data(config: Config, *, hashes: bool = True) -> Data:
         if prompt.count(MASK_TOKEN) != 1:
             raise UserError(f"evaluation.prompts: {prompt!r} must have exactly one {MASK_TOKEN}")
     return data
+
+
+def _refuse_other_tokenizer(config: Config, vocabulary: Vocabulary, shards: ShardSet) -> None:
+    settings = config.data
+    advice = "name theirs in data.tokenizer, or tokenize the corpus again"
+    if not vocabulary.has_fingerprint(shards.manifest["tokenizer"]):
+        raise UserError(
+            f"the shards {settings.shards} were made with another tokenizer than "
+            f"{settings.tokenizer}: {advice}"
+        )
+    entries = shards.manifest["vocab_size"]
+    if not vocabulary.has_size(entries):
+        raise UserError(
+            f"the shards {settings.shards} were made with a tokenizer of {entries} entries, and "
+            f"{settings.tokenizer} has {vocabulary.size}: {advice}"
+        )
+
+
+def _refuse_small_model(config: Config, vocabulary: Vocabulary) -> None:
+    """Refuse an embedding without a row for each id, or without a position for each token."""
+    entries = config.model.vocab_size
+    if entries is not None and entries < vocabulary.size:
+        raise UserError(
+            f"model.vocab_size {entries} is less than the tokenizer's "
+            f"{vocabulary.size} entries; raise it or leave it out"
+        )
+    positions = config.model.max_position_embeddings
+    needed = vocabulary.positions(config.data.seq_len)
+    if positions is not None and positions < needed:
+        raise UserError(
+            f"model.max_position_embeddings {positions} is less than the {needed} that "
+            f"data.seq_len {config.data.seq_len} needs, as RoBERTa counts positions from the "
+            f"tokenizer's id of <pad>, {vocabulary.pad_id}, on; raise it or leave it out"
+        )
 
 
 def _refuse_too_little_text(data: Data) -> None:

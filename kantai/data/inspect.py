@@ -13,6 +13,7 @@ from kantai.data.packing import Contiguous, Padded, sampled_lengths
 from kantai.data.rng import Int64s
 from kantai.data.shards import SPLITS, ShardSet, Split
 from kantai.data.tokenizer import Vocabulary
+from kantai.errors import UserError
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _FREQUENT_TOKENS = 20
@@ -26,8 +27,16 @@ def describe_shards(
     Args:
         vocabulary: writes frequent tokens as text; None: as ids.
         seq_lens: sequence lengths at which to count the tokens that are not shown, or shown twice.
+
+    Raises:
+        UserError: the shards were made with another tokenizer.
     """
     manifest = shards.manifest
+    if vocabulary is not None and not vocabulary.has_fingerprint(manifest["tokenizer"]):
+        raise UserError(
+            "the shards were made with another tokenizer than --tokenizer names: name theirs, or "
+            "leave it out to see ids"
+        )
     tokenizer = manifest["tokenizer"][:16]
     yield f"tokenizer  {tokenizer}, {manifest['vocab_size']:,} entries, {manifest['dtype']}"
     for name, value in manifest["source"].items():

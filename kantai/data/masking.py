@@ -1,17 +1,13 @@
 """Masking: RoBERTa's dynamic masks, from random numbers keyed by (seed, epoch, sample id)."""
 
-import unicodedata
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer, decoders
 
 from kantai.data import rng
 from kantai.data.rng import Bools, Float64s, Int64s, UInt64s
-
-UInt8s = npt.NDArray[np.uint8]
+from kantai.data.words import Words
 
 IGNORED_LABEL = -100  # PyTorch's cross-entropy skips it
 MEAN_SPAN_WORDS = 3.8  # SpanBERT's: a geometric distribution of p = 0.2, clipped at 10
@@ -19,66 +15,6 @@ MEAN_SPAN_WORDS = 3.8  # SpanBERT's: a geometric distribution of p = 0.2, clippe
 # slots are kept free for it: 7 with this limit.
 MAX_WORD_TOKENS = 8
 _SCHEDULED_MULTIPLE_OF = 8  # slots, so that a changing ratio gives few distinct shapes
-
-# Classes of characters. 0: the token is a word by itself.
-_LETTER, _NUMBER, _OTHER, _WHITESPACE, _SINGLE = (1 << bit for bit in range(5))
-_INK = _LETTER | _NUMBER | _OTHER
-_CONTRACTIONS = frozenset(("'s", "'t", "'re", "'ve", "'m", "'ll", "'d"))
-
-
-@dataclass(frozen=True, eq=False)
-class Words:
-    """Word starts in rows of ids: the words of GPT-2's pre-tokenizer (``ByteLevel``).
-
-    Neighbouring tokens alone decide. A token continues the previous word if it has no leading space
-    and starts with the character class (letter, number, whitespace or other) that the previous
-    token ends with, or if the previous token is a lone space.
-
-    This differs from the pre-tokenizer in two cases. A contraction of several tokens (``'`` and
-    ``ll``) counts as two words. Parts of a character count as letters, whatever the character is.
-    """
-
-    # [vocabulary], the class that a token begins with; 0: it always begins a word.
-    # A single whitespace character has _SINGLE as well.
-    begins: UInt8s
-    goes_on: UInt8s  # [vocabulary], the classes with which the next token continues the word
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, special_ids: tuple[int, ...]) -> "Words":
-        """Tables of a byte-level tokenizer's vocabulary; a special token is a word by itself."""
-        decode = decoders.ByteLevel().decode
-        ids = range(tokenizer.get_vocab_size())
-        texts = [decode([tokenizer.id_to_token(token) or ""]) for token in ids]
-        kinds = np.array([_begins_and_goes_on(text) for text in texts], np.uint8)
-        kinds[list(special_ids)] = 0
-        return cls(kinds[:, 0].copy(), kinds[:, 1].copy())
-
-    def starts(self, rows: Int64s) -> Bools:
-        """Which tokens begin a word, [rows, length]; special tokens and a row's first do."""
-        begins = self.begins.take(rows)
-        goes_on = self.goes_on.take(rows)
-        starts = np.ones(rows.shape, np.bool_)
-        np.equal(begins[:, 1:] & goes_on[:, :-1], 0, out=starts[:, 1:])
-        # Whitespace leaves its last character, if that is a space, to the word that follows.
-        # Any other last character becomes a word by itself.
-        starts[:, 1:-1] |= (begins[:, 1:-1] >= _SINGLE) & (begins[:, 2:] & _INK != 0)
-        return starts
-
-
-def _begins_and_goes_on(text: str) -> tuple[int, int]:
-    if text.isspace():
-        begins = _WHITESPACE | (_SINGLE if len(text) == 1 else 0)
-        return begins, _WHITESPACE | (_INK if text == " " else 0)
-    begins = 0 if text[:1] in ("", " ") else _class(text[0])
-    return begins, 0 if text in {"", *_CONTRACTIONS} else _class(text[-1])
-
-
-def _class(character: str) -> int:
-    if character.isspace():
-        return _WHITESPACE
-    if character == "\ufffd":  # part of a character
-        return _LETTER
-    return {"L": _LETTER, "N": _NUMBER}.get(unicodedata.category(character)[0], _OTHER)
 
 
 @dataclass(frozen=True)
@@ -201,7 +137,8 @@ class Masker:
     A unit is
 
     - a token;
-    - a word (BERT's whole-word masking), in pieces of 8 tokens where it is longer;
+    - a word of the text (BERT's whole-word masking; see :class:`Words`), in pieces of 8 tokens
+      where it is longer;
     - a span of words (SpanBERT, Joshi et al. 2020): a row is cut at one in 3.8 of its word starts.
       A span draws one kind of replacement as a whole; the other units draw one for each token.
 

@@ -195,13 +195,14 @@ def build_model(
 ) -> MaskedRoberta:
     """A new model for up to ``seq_len`` tokens. Its weights are a function of the seed."""
     rounded = -(-vocabulary.size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    positions = max(seq_len + 2, vocabulary.positions(seq_len))
     shape = config.model_dump(exclude={"vocab_size", "max_position_embeddings", "position_init"})
     torch.manual_seed(seed)
     model = MaskedRoberta(
         RobertaConfig(
             **shape,
             vocab_size=config.vocab_size or rounded,
-            max_position_embeddings=config.max_position_embeddings or seq_len + 2,
+            max_position_embeddings=config.max_position_embeddings or positions,
             type_vocab_size=1,
             bos_token_id=vocabulary.bos_id,
             pad_token_id=vocabulary.pad_id,

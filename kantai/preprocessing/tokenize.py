@@ -6,13 +6,15 @@ after a kill makes only the pieces that have no record. :func:`kantai.preprocess
 publishes the folder once every piece has a record.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -185,7 +187,8 @@ def _write_in_processes(
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     with ProcessPoolExecutor(processes, context, _start_process, (job, done_bytes)) as pool:
         try:
-            pending = {pool.submit(_write_piece, number) for number in numbers}
+            with _interrupts_blocked():  # by the new processes for good: this one ends them
+                pending = {pool.submit(_write_piece, number) for number in numbers}
             while pending:
                 finished, pending = wait(pending, _PROGRESS_SECONDS, FIRST_COMPLETED)
                 bar.update(done_bytes.value - bar.n)
@@ -196,8 +199,22 @@ def _write_in_processes(
                 "a tokenizing process was killed, perhaps because memory ran out: "
                 "lower --processes and run it again"
             ) from None
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()  # a piece may take minutes, and is made again
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Have Ctrl-C wait, also in processes that start meanwhile: there for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # The state of a pool's process: only a global outlives the initializer. The job keeps its opened

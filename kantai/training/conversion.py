@@ -17,10 +17,11 @@ from kantai.checkpoint.store import CheckpointStore
 from kantai.config.conversion import RENAMED, convert_text
 from kantai.config.loading import fixed_settings, load_config
 from kantai.config.schema import Config
+from kantai.data.dataset import STREAM_VERSION
 from kantai.errors import UserError
 from kantai.storage.atomic import Damaged, digest, manifest_entry, replaced, verify
 from kantai.storage.json_lines import read_json_lines
-from kantai.training.run_dir import CONFIG_FILE, VERSION_FILE, save_version
+from kantai.training.run_dir import CONFIG_FILE, VERSION_FILE, save_version, stream_version_of
 from kantai.training.skipped_data import SKIPPED_DATA_FILE
 
 _SKIPPED_DATA_BEFORE = "passed_over.jsonl"
@@ -63,6 +64,11 @@ def convert_run(run_dir: Path) -> Iterator[str]:
         raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}")
     if (run_dir / VERSION_FILE).exists():
         raise UserError(f"{run_dir} is a run of this release already")
+    if stream_version_of(run_dir) != STREAM_VERSION:
+        raise UserError(
+            f"{run_dir} masks words or spans, and this release finds other words in a text: "
+            "finish the run with kantai 0.1"
+        )
     store = CheckpointStore(run_dir)
     store.supersede()
     if convert_config_file(run_dir / CONFIG_FILE):

@@ -23,7 +23,7 @@ from kantai.config.loading import (
     save_config,
 )
 from kantai.config.schema import Config
-from kantai.data.dataset import STREAM_VERSION, Data, open_data
+from kantai.data.dataset import Data, open_data, stream_version
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
 from kantai.storage.atomic import digest, refuse_url, replaced, sha256
@@ -112,8 +112,12 @@ class RunDir:
         theirs = lineage if isinstance(lineage, dict) else {}
         checkpoint = self.store.path(step)
         self._check_settings(checkpoint, theirs.get("settings"))
-        for key in ("shards", "tokenizer"):
-            if theirs.get(key) != self.lineage[key]:
+        same = {
+            "shards": theirs.get("shards") == self.lineage["shards"],
+            "tokenizer": self.data.vocabulary.has_fingerprint(theirs.get("tokenizer")),
+        }
+        for key, is_same in same.items():
+            if not is_same:
                 raise UserError(
                     f"{checkpoint} was trained on other {key} than "
                     f"{getattr(self.config.data, key)}: name those of its start"
@@ -223,9 +227,17 @@ def saved_config(run_dir: str | Path) -> Config:
 
 def save_version(run_dir: Path) -> None:
     """Say which release a run directory is of, and which data stream its run is shown."""
-    version = {"kantai": kantai.__version__, "format": FORMAT, "stream": STREAM_VERSION}
+    stream = stream_version_of(run_dir)
+    version = {"kantai": kantai.__version__, "format": FORMAT, "stream": stream}
     with replaced(run_dir / VERSION_FILE) as partial:
         partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
+
+
+def stream_version_of(run_dir: Path) -> int:
+    """The version of the data stream that this release shows the run of a directory."""
+    masking = read_settings(run_dir / CONFIG_FILE).get("masking")
+    unit = masking.get("unit") if isinstance(masking, dict) else None
+    return stream_version(unit or "token")
 
 
 def check_version(run_dir: Path) -> None:
@@ -245,7 +257,7 @@ def check_version(run_dir: Path) -> None:
         stream = int(version["stream"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: bring it back from a copy") from None
-    if run_format != FORMAT or stream != STREAM_VERSION:
+    if run_format != FORMAT or stream != stream_version_of(run_dir):
         fault = "names its files otherwise" if run_format != FORMAT else "would show it other data"
         raise UserError(
             f"{run_dir} is a run of kantai {release}, and this release ({kantai.__version__}) "

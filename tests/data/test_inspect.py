@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from kantai.config.loading import load_config, save_config
+from kantai.data.inspect import describe_shards
 from kantai.data.shards import open_shards
 from kantai.data.tokenizer import load_tokenizer
+from kantai.errors import UserError
 from tests.helpers.commands import CONFIG, script
+from tests.helpers.tokenizers import loaded
 
 
 @pytest.fixture
@@ -197,3 +201,15 @@ def test_start_of_a_run_says_what_is_not_shown(
     padded = checked(shards_dir, "--data.packing=padded", "--data.seq_len=64")
     assert "of the training tokens: data.packing padded leaves out what is beyond 64" in padded
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_are_not_read_with_another_tokenizer(
+    tmp_path: Path, shards_dir: Path, tokenizer_dir: Path
+) -> None:
+    shards = open_shards(shards_dir)
+    vocabulary = load_tokenizer(tokenizer_dir)
+    assert any("frequent tokens" in line for line in describe_shards(shards, vocabulary))
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    tokenizer.add_tokens(["<url>"])
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        list(describe_shards(shards, loaded(tokenizer, tmp_path)))

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 import kantai.data.tokenizer
@@ -23,6 +25,8 @@ from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.tokenizer_training import train_tokenizer
+from kantai.storage.atomic import digest
+from tests.helpers.tokenizers import KINDS, changed, loaded, trained
 
 
 def read_documents(path: Path, unit: Unit) -> Iterator[str]:
@@ -229,3 +233,154 @@ def test_text_without_spaces_survives_cutting(vocabulary: Vocabulary) -> None:
         ids, lengths = vocabulary.encode([text, "short"])
     assert vocabulary.tokenizer.decode(ids[: lengths[0]]) == text
     assert vocabulary.tokenizer.decode(ids[lengths[0] :]) == "short"
+
+
+# As in a corpus of HTML and of papers on language models: trainers learn these tokens, too.
+WRITTEN = "the <mask> of <s>pure</s> reason, </s> a <pad> and <unk> <s> of<mask> reasons"
+SAMPLE = [WRITTEN, "the critique of pure reason and of the power of judgement, the critiques"] * 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_special_token_is_text_to_every_tokenizer(tmp_path: Path, kind: str) -> None:
+    vocabulary = loaded(trained(kind, SAMPLE), tmp_path)
+    tokenizer = vocabulary.tokenizer
+    ids, _ = vocabulary.encode([WRITTEN])
+    reserved = set(vocabulary.special_ids)
+    if kind == "WordLevel":  # it has no entry for a written token, as for any other word
+        reserved.remove(vocabulary.unk_id)
+    assert reserved.isdisjoint(ids.tolist()), [tokenizer.id_to_token(token) for token in ids]
+    if kind != "WordLevel":
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        assert text.replace(" ", "") == WRITTEN.replace(" ", "")
+
+    plain = SAMPLE[1]
+    assert vocabulary.encode([plain])[0].tolist() == tokenizer.encode(plain).ids
+    prompt = tokenizer.encode("the critique of <mask> reason").ids
+    assert prompt.count(vocabulary.mask_id) == 1
+
+
+@pytest.mark.parametrize(
+    "normalizer", [normalizers.Lowercase(), normalizers.NFKC(), normalizers.StripAccents()]
+)
+@pytest.mark.parametrize("kind", ["Unigram", "BPE that ignores merges", "WordPiece"])
+def test_normalized_text_gives_no_special_token(
+    tmp_path: Path, kind: str, normalizer: normalizers.Normalizer
+) -> None:
+    tokenizer = trained(kind, SAMPLE)
+    tokenizer.normalizer = normalizer
+    vocabulary = loaded(tokenizer, tmp_path)
+    for text in (
+        WRITTEN,
+        WRITTEN.upper(),
+        "the \uff1cmask\uff1e of \uff1c/s\uff1e",
+        "the <ma\u0301sk> of </s>",
+    ):
+        ids = set(vocabulary.encode([text])[0].tolist())
+        assert {0, 1, 2, 4}.isdisjoint(ids), text
+
+
+def test_special_token_that_is_not_marked_as_one_is_text(tmp_path: Path) -> None:
+    def unmark(content: dict[str, Any]) -> None:
+        for entry in content["added_tokens"]:
+            entry["special"] = False
+
+    for number, kind in enumerate(KINDS):
+        vocabulary = loaded(changed(trained(kind, SAMPLE), unmark), tmp_path / str(number))
+        assert {0, 1, 2, 4}.isdisjoint(vocabulary.encode([WRITTEN])[0].tolist()), kind
+
+
+def test_added_token_that_is_not_special_is_found_in_a_text(tmp_path: Path) -> None:
+    for number, kind in enumerate(KINDS):
+        tokenizer = trained(kind, SAMPLE[1::2])
+        tokenizer.add_tokens([AddedToken("<url>", normalized=False)])
+        tokenizer.add_special_tokens(["<end>"])
+        vocabulary = loaded(tokenizer, tmp_path / str(number))
+        ids = vocabulary.encode(["the <url> of <end> reason"])[0].tolist()
+        assert tokenizer.token_to_id("<url>") in ids, kind
+        assert tokenizer.token_to_id("<end>") not in ids, kind
+
+
+def test_same_document_has_the_same_ids_despite_dropout(tmp_path: Path) -> None:
+    def drop(content: dict[str, Any]) -> None:
+        content["model"]["dropout"] = 0.5
+
+    tokenizer = trained("byte-level BPE", SAMPLE)
+    vocabulary = loaded(changed(tokenizer, drop), tmp_path)
+    assert vocabulary.encode([SAMPLE[1]])[0].tolist() == tokenizer.encode(SAMPLE[1]).ids
+
+
+def test_largest_id_decides_the_size(tmp_path: Path) -> None:
+    def move_mask(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["<mask>"] = 70_000
+        for entry in content["added_tokens"]:
+            if entry["content"] == "<mask>":
+                entry["id"] = 70_000
+
+    for number, kind in enumerate(["byte-level BPE", "WordPiece", "WordLevel"]):
+        moved = changed(trained(kind, SAMPLE), move_mask)
+        vocabulary = loaded(moved, tmp_path / str(number))
+        assert vocabulary.tokenizer.get_vocab_size() < 4000
+        assert (vocabulary.mask_id, vocabulary.size) == (70_000, 70_001)
+
+
+def test_entries_with_the_same_id_are_refused(tmp_path: Path) -> None:
+    """The library gives an added token the number of entries as its id, whatever the file says."""
+
+    def remove_mask(content: dict[str, Any]) -> None:
+        del content["model"]["vocab"]["<mask>"]
+
+    tokenizer = changed(trained("WordLevel", SAMPLE), remove_mask)
+    with pytest.raises(UserError, match=r"'<mask>'.* have the same id \d+, as ids .* gaps"):
+        loaded(tokenizer, tmp_path)
+
+
+def test_fingerprint_names_all_that_decides_the_ids(tmp_path: Path) -> None:
+    def edited(change: Callable[[dict[str, Any]], None]) -> Tokenizer:
+        return changed(trained("byte-level BPE", SAMPLE), change)
+
+    def with_added(token: AddedToken) -> Tokenizer:
+        tokenizer = trained("byte-level BPE", SAMPLE)
+        tokenizer.add_tokens([token])
+        return tokenizer
+
+    def with_model(**fields: Any) -> Tokenizer:
+        return edited(lambda content: content["model"].update(fields))
+
+    lowercase = {"type": "Lowercase"}
+    spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    different = [
+        trained("byte-level BPE", SAMPLE),
+        edited(lambda content: content.update(normalizer=lowercase)),
+        edited(lambda content: content.update(normalizer={"type": "NFC"})),
+        edited(lambda content: content.update(pre_tokenizer={**spaced, "use_regex": True})),
+        edited(lambda content: content.update(pre_tokenizer={**spaced, "use_regex": False})),
+        with_added(AddedToken("<url>", normalized=False)),
+        with_added(AddedToken("<url>", normalized=True)),
+        with_added(AddedToken("<url>", normalized=False, single_word=True)),
+        with_added(AddedToken("critique", normalized=False)),
+        with_model(ignore_merges=True),
+        with_model(unk_token="<unk>"),
+    ]
+    prints = {
+        loaded(tokenizer, tmp_path / str(number)).fingerprint
+        for number, tokenizer in enumerate(different)
+    }
+    assert len(prints) == len(different)
+
+
+def test_fingerprint_of_kantai_0_1_is_recognized(tmp_path: Path, tokenizer_dir: Path) -> None:
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    model = content["model"]
+    ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    before = digest([model["vocab"], model["merges"], ids])
+    vocabulary = load_tokenizer(tokenizer_dir)
+    assert before != vocabulary.fingerprint
+    assert vocabulary.has_fingerprint(before)
+    assert vocabulary.has_fingerprint(vocabulary.fingerprint)
+    assert not vocabulary.has_fingerprint(None)
+
+    added = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    added.add_tokens(["<url>"])
+    other = loaded(added, tmp_path)
+    assert other.has_fingerprint(before)  # it left added tokens out
+    assert not other.has_fingerprint(vocabulary.fingerprint)

@@ -1,9 +1,11 @@
 """The model equals the stock model, and computes its loss on masked positions only."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
@@ -13,9 +15,15 @@ from kantai.data.batches import Batch
 from kantai.data.dataset import open_data
 from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
-from kantai.data.tokenizer import load_tokenizer
+from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.model.roberta import MaskedRoberta, build_model, training_flops
-from tests.helpers.commands import ROOT
+from kantai.preprocessing.documents import pieces
+from kantai.preprocessing.files import find_files
+from kantai.preprocessing.job import Job
+from kantai.preprocessing.merge import merge
+from kantai.preprocessing.tokenize import tokenize
+from tests.helpers.commands import CONFIG, ROOT
+from tests.helpers.tokenizers import changed, loaded
 
 SMALL = [
     "--model.hidden_size=32",
@@ -206,3 +214,41 @@ def test_sinusoidal_products_depend_on_distance_only(config: Config) -> None:
     products = places @ places.T
     for distance in (1, 5, 20):
         assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
+
+
+def with_special_ids(folder: Path, tokenizer_dir: Path, ids: dict[str, int]) -> Vocabulary:
+    """A tokenizer whose special tokens have swapped ids with others, or ids beyond them."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+
+    def move(content: dict[str, Any]) -> None:
+        vocab = content["model"]["vocab"]
+        for token, number in ids.items():
+            other = next((name for name in vocab if vocab[name] == number), None)
+            if other is not None:
+                vocab[other] = vocab[token]
+            vocab[token] = number
+        for entry in content["added_tokens"]:
+            entry["id"] = vocab[entry["content"]]
+
+    return loaded(changed(tokenizer, move), folder)
+
+
+@pytest.mark.parametrize("ids", [{"<pad>": 0}, {"<pad>": 7}, {"<pad>": 900}, {"<mask>": 1024}])
+@pytest.mark.parametrize("packing", ["contiguous", "isolated", "padded"])
+def test_model_fits_any_special_ids(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path, packing: str, ids: dict[str, int]
+) -> None:
+    vocabulary = with_special_ids(tmp_path / "tokenizer", tokenizer_dir, ids)
+    assert vocabulary.size == 1 + max(999, *ids.values())
+    cut = pieces(find_files([str(corpus_file)]), "paragraph")
+    job = Job(cut, "paragraph", "text", tmp_path / "tokenizer", tmp_path / "shards", {}, 0.05)
+    tokenize(job, processes=1)
+    merge(job)
+    where = [f"--data.shards={job.output}", f"--data.tokenizer={tmp_path / 'tokenizer'}"]
+    config = load_config(CONFIG, [*SMALL, *where, f"--data.packing={packing}"])
+    model, batch = model_and_batch(config)
+    loss_sum, _ = model(**MicroBatch(batch).inputs)
+    loss_sum.backward()
+    assert loss_sum.isfinite()
+    assert model.config.vocab_size % 64 == 0
+    assert model.config.vocab_size >= vocabulary.size

@@ -57,7 +57,9 @@ def test_small_shards_are_joined_and_large_ones_are_moved(make_job: MakeJob) -> 
     sizes = [shard["tokens"] for shard in job.read_record(0)["train"]]  # type: ignore[index]
     before = {path.name: path.stat().st_ino for path in job.work.glob("train-*")}
     merge(job, sizes[0])
-    assert sorted(split_documents(job.output, "train")) == sorted(split_documents(apart.output, "train"))
+    assert sorted(split_documents(job.output, "train")) == sorted(
+        split_documents(apart.output, "train")
+    )
     shards = open_shards(job.output).splits["train"]
     assert 3 < len(shards) < len(before)
     assert min(shards.tokens) >= sizes[0]

@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from kantai.data.shards import open_shards
 from kantai.errors import UserError
@@ -17,6 +19,7 @@ from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
 from tests.helpers.files import file_contents, split_documents
+from tests.helpers.tokenizers import changed, loaded
 
 MakeJob = Callable[..., Job]
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]
@@ -185,3 +188,40 @@ def test_worker_processes_report_missing_tokenizer(make_job: MakeJob, tmp_path: 
     job = replace(make_job("shards"), tokenizer=tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no tokenizer at .*nothing"):
         tokenize(job, processes=2)
+
+
+def test_parts_of_different_normalizers_are_not_merged(
+    make_job: MakeJob, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    loaded(tokenizer, tmp_path / "lowercase")
+    job = make_job("mixed")
+    tokenize(job, part=0, parts=2, processes=1)
+    lowercase = replace(job, tokenizer=tmp_path / "lowercase")
+    tokenize(lowercase, part=1, parts=2, processes=1)
+    for either in (job, lowercase):
+        with pytest.raises(UserError, match="pieces are not tokenized yet"):
+            merge(either)
+
+
+def test_ids_beyond_two_bytes_are_stored_in_four(
+    tmp_path: Path, corpus_file: Path, tokenizer_dir: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+
+    def move_end(tree: dict[str, Any]) -> None:
+        tree["model"]["vocab"]["</s>"] = 70_000
+        for entry in tree["added_tokens"]:
+            entry["id"] = tree["model"]["vocab"][entry["content"]]
+
+    loaded(changed(tokenizer, move_end), tmp_path / "holes")
+    cut = pieces(find_files([str(corpus_file)]), "paragraph")
+    job = Job(cut, "paragraph", "text", tmp_path / "holes", tmp_path / "shards", {}, 0.05)
+    tokenize(job, processes=1)
+    merge(job)
+    shards = open_shards(job.output)
+    assert shards.manifest["dtype"] == "uint32"
+    assert shards.manifest["vocab_size"] == shards.token_counts().shape[1] == 70_001
+    last_tokens = shards.splits["train"][0].tokens[shards.splits["train"][0].boundaries[1:] - 1]
+    assert set(last_tokens.tolist()) == {70_000}

@@ -108,3 +108,14 @@ def test_conversion_refuses_changed_settings(old_dir: Path) -> None:
     with pytest.raises(UserError, match="made with other settings"):
         list(convert_run(old_dir / "run"))
     assert (old_dir / "run/checkpoints/update-00000004").exists()
+
+
+def test_run_of_words_is_left_to_the_old_release(old_dir: Path) -> None:
+    path = old_dir / "run/config.yaml"
+    before = path.read_text()
+    for unit in ("word", "span"):
+        path.write_text(before.replace("unit: token", f"unit: {unit}"))
+        with pytest.raises(UserError, match=r"finish the run with kantai 0\.1"):
+            list(convert_run(old_dir / "run"))
+        assert (old_dir / "run/checkpoints/update-00000004").exists()
+        assert not (old_dir / "run/version.json").exists()

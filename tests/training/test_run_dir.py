@@ -144,3 +144,41 @@ def test_hand_edited_config_is_refused(started_run: tuple[Path, list[str]]) -> N
     config.write_text(config.read_text().replace("seed: 0", "seed: 5"))
     with pytest.raises(UserError, match=r"was made with seed 0, and .* says 5"):
         open_run(saved_config(path)).newest()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_checkpoint_of_kantai_0_1_fits_its_tokenizer(
+    started_run: tuple[Path, list[str]], fits: bool
+) -> None:
+    path, _ = started_run
+    run = open_run(saved_config(path))
+    before = run.data.vocabulary.old_fingerprint
+    run.lineage["tokenizer"] = before if fits else before[::-1]
+    save_checkpoint(run, fixed_settings(run.config))
+    again = open_run(saved_config(path))
+    if fits:
+        assert again.newest() == 2
+        return
+    with pytest.raises(UserError, match="was trained on other tokenizer"):
+        again.newest()
+
+
+@pytest.mark.parametrize(("unit", "goes_on"), [("token", True), ("word", False), ("span", False)])
+def test_run_of_words_before_marks_belonged_to_them_is_refused(
+    tmp_path: Path, shards_dir: Path, tokenizer_dir: Path, unit: str, goes_on: bool
+) -> None:
+    where = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    arguments = [*TINY, *where, f"--run_dir={tmp_path / 'run'}", f"--masking.unit={unit}"]
+    config = load_config(CONFIG, arguments)
+    open_run(config).create()
+    assert open_run(load_run_config(CONFIG, arguments)).newest() == 0
+
+    version = {"kantai": "0.1.5", "format": FORMAT, "stream": STREAM_VERSION}
+    (tmp_path / "run" / VERSION_FILE).write_text(json.dumps(version))
+    if goes_on:
+        assert open_run(load_run_config(CONFIG, arguments)).newest() == 0
+        return
+    with pytest.raises(
+        UserError, match=r"would show it other data: continue it with kantai 0\.1\.5"
+    ):
+        load_run_config(CONFIG, arguments)

@@ -4,7 +4,6 @@ python scripts/train_tokenizer.py --input corpus.txt --output tokenizer --vocab_
 """
 
 import argparse
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from kantai.preprocessing.documents import (
     splittable,
     with_progress_bar,
 )
+from kantai.preprocessing.encodings import judged
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.sampling import draw_samples
@@ -39,6 +39,7 @@ def main() -> None:
             splittable=partial(splittable, unit=arguments.document),
         )
         texts = sample.read(partial(read, report=report))
+        texts = judged(texts, files, report.tallies)
         texts = with_progress_bar(texts, sample.expected_bytes, "reading")
         tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
         save_tokenizer(tokenizer, folder)
@@ -57,7 +58,7 @@ def main() -> None:
             "sample_files": sample.files,
             "seed": arguments.seed,
             "coverage": fit,
-            "read": dataclasses.asdict(report),
+            "read": report.counts(),
         }
         text = json.dumps(content, indent=1) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")

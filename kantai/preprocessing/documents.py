@@ -2,13 +2,14 @@ r"""Read documents from text, JSON lines, CSV, Parquet and data sets of the Hub.
 
 A document is a line, a paragraph, a file or a record. Defects are repaired and counted in a
 :class:`Report`; nothing is lost silently. Bytes that are not UTF-8, halves of surrogate pairs and
-NUL characters become U+FFFD. If more than one document in a hundred has them, the text has another
-encoding and is refused. Byte-order marks are removed, blank documents are dropped, and lines end in
-``\n`` or ``\r\n`` alone.
+NUL characters become U+FFFD. A file that has so many of them that it has another encoding is
+refused (see :mod:`kantai.preprocessing.encodings`). Byte-order marks are removed, blank documents
+are dropped, and lines end in ``\n`` or ``\r\n`` alone.
 """
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 import sys
@@ -19,6 +20,7 @@ from typing import Any, Literal, get_args
 from tqdm import tqdm
 
 from kantai.errors import UserError
+from kantai.preprocessing.encodings import Tally, refuse_foreign, refuse_foreign_beginning, tally
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
 from kantai.preprocessing.lines import (
     MAX_DOCUMENT_BYTES,
@@ -31,7 +33,6 @@ from kantai.preprocessing.lines import (
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-_MAX_REPAIRED = 0.01  # share of a piece's documents; text of another encoding has more
 # Records are read in batches of at most this many texts, and given out by this many bytes.
 _BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 22
@@ -86,8 +87,9 @@ def documents(
 
     Raises:
         UserError: a file cannot be read to its end, has another format than its name says, or lacks
-            the field; a document is longer than 256 MiB; more than one document in a hundred of the
-            piece had to be repaired.
+            the field; a document is longer than 256 MiB; a file that the piece holds whole, or the
+            beginning of a large one, has another encoding than UTF-8. Whoever reads a file in
+            parts judges it by the sum of the report's tallies.
     """
     read = Report()
     try:
@@ -102,8 +104,8 @@ def documents(
                 read.empty += len(texts) - len(kept)
                 read.characters += sum(map(len, kept))
                 yield from kept
-        if read.replaced > _MAX_REPAIRED * read.documents:
-            raise UserError(_wrong_encoding(read))
+            if (span.start, span.stop) == (0, span.file.size) and span.file.path in read.tallies:
+                refuse_foreign(span.file, read.tallies.pop(span.file.path))
     finally:
         if report is not None:
             report.merge(read)
@@ -164,25 +166,14 @@ def _check_unit(file: File, unit: Unit | None) -> None:
         raise UserError(f"{file.path} cannot be cut by --document {unit}: give {units}")
 
 
-def _wrong_encoding(report: Report) -> str:
-    share = f"as {report.replaced:,} of {report.documents:,} documents"
-    if "invalid_utf8" in report.first:
-        return (
-            f"{report.first['invalid_utf8']} is not UTF-8, {share}: "
-            "convert it first, as with iconv -f LATIN1 -t UTF-8"
-        )
-    return (
-        f"{report.first['nul']} has a NUL byte, {share}: "
-        "it is binary, or text of another encoding than UTF-8"
-    )
-
-
 def _blocks(span: Span, report: Report) -> Iterator[Block]:
     """Yield the lines of a span in blocks, then those behind it (see :func:`read_lines`)."""
     if span.start >= span.stop:
         return
     # Only the end of the file will do for a compressed one: its size says nothing about its text.
     stop = None if span.stop == span.file.size else span.stop
+    if span.start == 0:
+        refuse_foreign_beginning(span.file)
     with open_file(span.file, max(span.start - 1, 0)) as content:
         yield from read_lines(content, span.file.path, span.start, stop, report)
 
@@ -281,7 +272,10 @@ def _json_text(block: Block, index: int, text_field: str, report: Report) -> str
     if text and "\\u" in line:
         text, escaped = repaired(text)
         if escaped:
-            defects |= dict.fromkeys(escaped, block.place(index))
+            place = block.place(index)
+            defects |= dict.fromkeys(escaped, place)
+            spoiled = Tally(0, 0, int("invalid_utf8" in escaped), int("nul" in escaped), place)
+            report.add_tally(block.path, spoiled)
     report.count_repaired(defects)
     return text or ""
 
@@ -330,7 +324,9 @@ def _parquet_records(text_field: str, span: Span, report: Report) -> Iterator[li
                     batches = file.iter_batches(
                         _batch_records(group, text_field), [index], [text_field]
                     )
-                    yield from _column_texts(batches, path, number, text_field, report)
+                    yield from _column_texts(
+                        batches, span.file, path, number, text_field=text_field, report=report
+                    )
                 number += group.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
@@ -362,7 +358,7 @@ def _hub_records(text_field: str, span: Span, report: Report) -> Iterator[list[s
         if text_field not in (data.column_names or [text_field]):
             raise UserError(_no_text(f"{path} record 1", text_field))
         batches = data.iter(batch_size=_BATCH_RECORDS)
-        yield from _column_texts(batches, path, 1, text_field, report)
+        yield from _column_texts(batches, span.file, path, 1, text_field=text_field, report=report)
     except UserError:
         raise
     except Exception as error:  # from the library, the Hub or the network
@@ -370,9 +366,10 @@ def _hub_records(text_field: str, span: Span, report: Report) -> Iterator[list[s
 
 
 def _column_texts(
-    batches: Iterable[Any], path: str, number: int, text_field: str, report: Report
+    batches: Iterable[Any], file: File, path: str, number: int, *, text_field: str, report: Report
 ) -> Iterator[list[str]]:
     """Yield the texts of Arrow batches or tables; ``number`` is that of the first record."""
+    found = report.tallies.setdefault(file.path, Tally())
     for batch in batches:
         if text_field not in batch.column_names or not _is_text(batch.column(text_field).type):
             raise UserError(_no_text(f"{path} record {number}", text_field))
@@ -384,6 +381,10 @@ def _column_texts(
             check_length(len(stored), place)
             text, defects = repaired(stored)
             report.count_repaired(dict.fromkeys(defects, place))
+            if defects:
+                found.add(dataclasses.replace(tally(stored, text), first=place))
+            else:
+                found.add(Tally(len(stored), len(stored) - len(text)))
             texts.append(text)
             number += 1
             size += len(stored)

@@ -3,10 +3,11 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
-from typing import BinaryIO
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, BinaryIO
 
 from kantai.errors import UserError
+from kantai.preprocessing.encodings import Tally, refuse_mark, tally
 
 MAX_DOCUMENT_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 18  # the text of a block stays in the processor's cache
@@ -31,6 +32,8 @@ class Report:
         byte_order_marks: files that began with a byte-order mark.
         windows_line_ends: lines that ended in ``\\r\\n``.
         first: the place where each of the last six was first met, by its name.
+        tallies: of files of which only parts were read, by path, to judge their encoding when all
+            parts are known; no part of the counts.
     """
 
     documents: int = 0
@@ -43,12 +46,33 @@ class Report:
     byte_order_marks: int = 0
     windows_line_ends: int = 0
     first: dict[str, str] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Report":
+        """Return the report that ``dataclasses.asdict`` made a record of."""
+        tallies = record.get("tallies", {})
+        return cls(**{**record, "tallies": {path: Tally(**tallies[path]) for path in tallies}})
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts and first places, without the tallies."""
+        counts = asdict(self)
+        del counts["tallies"]
+        return counts
 
     def merge(self, following: "Report") -> None:
         """Include the report of the span that was read next."""
-        for name in (counted.name for counted in fields(self) if counted.name != "first"):
-            setattr(self, name, getattr(self, name) + getattr(following, name))
+        for counted in fields(self):
+            if counted.type is int:
+                total = getattr(self, counted.name) + getattr(following, counted.name)
+                setattr(self, counted.name, total)
         self.first = following.first | self.first
+        for path, found in following.tallies.items():
+            self.add_tally(path, found)
+
+    def add_tally(self, path: str, found: Tally) -> None:
+        """Include what was read next of a file."""
+        self.tallies.setdefault(path, Tally()).add(found)
 
     def count(self, name: str, place: str, times: int = 1) -> None:
         """Count something that has a place."""
@@ -161,6 +185,8 @@ def read_lines(
     number = 0 if start else 1
     for raw, offset, inside in _raw_blocks(content, path, start, stop):
         text = raw
+        if offset == 0:
+            refuse_mark(raw, path)
         if offset == 0 and raw.startswith(_BYTE_ORDER_MARK):
             report.count("byte_order_marks", path)
             text = raw[len(_BYTE_ORDER_MARK) :]
@@ -169,21 +195,28 @@ def read_lines(
             if inside and windows_line_ends:
                 report.count("windows_line_ends", path, windows_line_ends)
             text = text.replace(b"\r\n", b"\n")
-        lines, defects = _decoded(text.removesuffix(b"\n"))
-        yield Block(path, raw, offset, number, inside, lines, defects)
+        lines, defects, found = _decoded(text.removesuffix(b"\n"))
+        block = Block(path, raw, offset, number, inside, lines, defects)
+        if inside:
+            found.size = len(raw)  # with the line ends, so that it does not depend on the blocks
+            found.first = block.place(min(defects)) if defects else ""
+            report.add_tally(path, found)
+        yield block
         number += len(lines) if number else 0
 
 
-def _decoded(text: bytes) -> tuple[list[str], dict[int, tuple[str, ...]]]:
-    """Return lines as text, and the defects of those that had to be repaired, by index."""
+def _decoded(text: bytes) -> tuple[list[str], dict[int, tuple[str, ...]], Tally]:
+    """Return lines as text, the defects of those that had to be repaired, by index, and a tally."""
     if b"\0" not in text:
         try:
-            return text.decode().split("\n"), {}
+            valid = text.decode()
+            return valid.split("\n"), {}, Tally(len(text), len(text) - len(valid))
         except UnicodeDecodeError:
             pass
     pairs = [repaired(line) for line in text.split(b"\n")]
     lines = [line for line, _ in pairs]
-    return lines, {index: defects for index, (_, defects) in enumerate(pairs) if defects}
+    defects = {index: found for index, (_, found) in enumerate(pairs) if found}
+    return lines, defects, tally(text, "\n".join(lines))
 
 
 def _raw_blocks(

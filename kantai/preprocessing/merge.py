@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kantai.data.shards import (
     write_shard,
 )
 from kantai.errors import UserError
+from kantai.preprocessing.encodings import refuse_foreign_files
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens
 from kantai.preprocessing.lines import Report
 from kantai.storage.atomic import manifest_entry, publish
@@ -34,16 +35,18 @@ def merge(job: Job) -> dict[str, Any]:
     """Publish the folder of shards from its pieces, and return its manifest.
 
     Raises:
-        UserError: a piece is not finished, or a split has no documents.
+        UserError: a piece is not finished, a file has another encoding than UTF-8, or a split has
+            no documents.
     """
     records = _read_records(job)
+    report = _judged_report(job, records)
     if job.unique:
         _find_duplicates(job, records)
     contents = _Contents(_count_all_tokens(job), {split: [] for split in SPLITS})
     for number, record in enumerate(records):
         _move_train_shards(job, number, record[TRAIN], contents)
     _rewrite_held_out(job, records, contents)
-    manifest = _manifest(job, records, contents)
+    manifest = _manifest(job, report, contents)
     _refuse_empty(job, manifest["splits"])
     _publish(job, manifest, contents)
     return manifest
@@ -216,10 +219,7 @@ def _without(path: Path, documents: Int64s) -> tuple[TokenIds, Int64s, TokenIds]
     return shard.tokens[is_kept_token], shard.lengths[kept], shard.tokens[~is_kept_token]
 
 
-def _manifest(job: Job, records: list[dict[str, Any]], contents: _Contents) -> dict[str, Any]:
-    report = Report()
-    for record in records:
-        report.merge(Report(**record["report"]))
+def _manifest(job: Job, report: Report, contents: _Contents) -> dict[str, Any]:
     splits = {
         split: _split_entry(contents.shards[split], counts, job.vocabulary.eos_id)
         for split, counts in zip(SPLITS, contents.counts, strict=True)
@@ -230,9 +230,24 @@ def _manifest(job: Job, records: list[dict[str, Any]], contents: _Contents) -> d
         "vocab_size": job.vocabulary.size,
         "dtype": token_dtype(job.vocabulary.size).name,
         "source": job.source,
-        "report": asdict(report) | {"duplicates": contents.duplicates},
+        "report": report.counts() | {"duplicates": contents.duplicates},
         "splits": splits,
     }
+
+
+def _judged_report(job: Job, records: list[dict[str, Any]]) -> Report:
+    """Merge the pieces' reports, and judge the encoding of the files that were cut.
+
+    Raises:
+        UserError: a file has another encoding than UTF-8.
+    """
+    report = Report()
+    for record in records:
+        report.merge(Report.of_record(record["report"]))
+    if report.tallies:
+        files = {span.file.path: span.file for piece in job.pieces for span in piece}
+        refuse_foreign_files(files.values(), report.tallies)
+    return report
 
 
 def _split_entry(shards: list[dict[str, Any]], token_counts: Int64s, eos_id: int) -> dict[str, Any]:

@@ -63,6 +63,22 @@ def splittable(file: File, unit: Unit | None) -> bool:
     return not compression and format_suffix != ".csv" and unit != "file"
 
 
+def has_paragraphs(file: File) -> bool:
+    """Tell whether text has blank lines that end its paragraphs, by its first MiB.
+
+    Blank lines here and there are no ends of paragraphs: text has none if it would have fewer than
+    ten, or if they would have more than a hundred lines on average.
+    """
+    if _has_records(file):
+        return False
+    with open_file(file) as content:
+        blocks = read_lines(content, file.path, 0, MIB, Report())
+        inside = itertools.takewhile(lambda block: block.inside, blocks)
+        lines = [line for block in inside for line in block.lines]
+    blank = sum(1 for line in lines if not line or line.isspace())
+    return blank >= 10 and len(lines) <= 100 * blank
+
+
 def documents(
     piece: Piece,
     unit: Unit | None = None,
@@ -159,8 +175,12 @@ def _reader(span: Span, unit: Unit | None, text_field: str) -> _Reader:
     return {"paragraph": _paragraphs, "file": _whole_file}.get(unit or "line", _lines)
 
 
+def _has_records(file: File) -> bool:
+    return file.path.startswith(HUB) or file.suffixes[0] in _RECORD_READERS
+
+
 def _check_unit(file: File, unit: Unit | None) -> None:
-    has_records = file.path.startswith(HUB) or file.suffixes[0] in _RECORD_READERS
+    has_records = _has_records(file)
     if unit is not None and has_records != (unit == "record"):
         units = "record" if has_records else "line, paragraph or file"
         raise UserError(f"{file.path} cannot be cut by --document {unit}: give {units}")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import kantai.preprocessing.lines
 from kantai.errors import UserError
-from kantai.preprocessing.documents import Unit, documents, pieces
+from kantai.preprocessing.documents import Unit, documents, has_paragraphs, pieces
 from kantai.preprocessing.files import Span, find_files
 from kantai.preprocessing.lines import Report
 from tests.helpers.commands import run_program
@@ -471,3 +471,17 @@ def test_pieces_of_a_large_corpus_have_the_documents_of_the_whole(tmp_path: Path
 def test_a_unit_that_does_not_fit_is_refused_when_pieces_are_planned(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give record"):
         pieces(find_files([str(written(tmp_path / "a.jsonl", "{}"))]), "line")
+
+
+def test_text_has_paragraphs_if_blank_lines_end_many(tmp_path: Path) -> None:
+    cases = {
+        "wrapped.txt": (WRAPPED * 20, True),
+        "lines.txt": ("a sentence a line\n" * 2000, False),
+        "two chapters.txt": ("a sentence a line\n" * 1000 + "\n" + "a sentence\n" * 1000, False),
+        "a.JSONL": ('{"text": "x"}\n\n' * 50, False),
+    }
+    for name, (text, expected) in cases.items():
+        (file,) = find_files([str(written(tmp_path / name, text))])
+        assert has_paragraphs(file) == expected, name
+    packed = written(tmp_path / "a.txt.gz", gzip.compress(WRAPPED.encode() * 20))
+    assert has_paragraphs(*find_files([str(packed)]))

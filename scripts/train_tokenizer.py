@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kantai.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer
 from kantai.errors import UserError, run_command
+from kantai.output import redact_all
 from kantai.preprocessing.documents import (
     add_corpus_arguments,
     documents,
@@ -58,7 +59,7 @@ def main() -> None:
             "sample_files": sample.files,
             "seed": arguments.seed,
             "coverage": fit,
-            "read": report.counts(),
+            "read": redact_all(report.counts()),
         }
         text = json.dumps(content, indent=1) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")

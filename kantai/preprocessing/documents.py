@@ -20,7 +20,13 @@ from typing import Any, Literal, get_args
 from tqdm import tqdm
 
 from kantai.errors import UserError
-from kantai.preprocessing.encodings import Tally, refuse_foreign, refuse_foreign_beginning, tally
+from kantai.output import redact
+from kantai.preprocessing.encodings import (
+    Tally,
+    refuse_foreign,
+    refuse_foreign_beginning,
+    tally,
+)
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
 from kantai.preprocessing.lines import (
     MAX_DOCUMENT_BYTES,
@@ -120,8 +126,9 @@ def documents(
                 read.empty += len(texts) - len(kept)
                 read.characters += sum(map(len, kept))
                 yield from kept
-            if (span.start, span.stop) == (0, span.file.size) and span.file.path in read.tallies:
-                refuse_foreign(span.file, read.tallies.pop(span.file.path))
+            if (span.start, span.stop) == (0, span.file.size):
+                found = read.tallies.pop(redact(span.file.path), Tally())
+                refuse_foreign(span.file, found)
     finally:
         if report is not None:
             report.merge(read)
@@ -389,11 +396,11 @@ def _column_texts(
     batches: Iterable[Any], file: File, path: str, number: int, *, text_field: str, report: Report
 ) -> Iterator[list[str]]:
     """Yield the texts of Arrow batches or tables; ``number`` is that of the first record."""
-    found = report.tallies.setdefault(file.path, Tally())
     for batch in batches:
         if text_field not in batch.column_names or not _is_text(batch.column(text_field).type):
             raise UserError(_no_text(f"{path} record {number}", text_field))
         texts: list[str] = []
+        found = Tally()
         size = 0
         for value in batch.column(text_field):
             place = f"{path} record {number}"
@@ -412,6 +419,7 @@ def _column_texts(
                 yield texts
                 texts = []
                 size = 0
+        report.add_tally(file.path, found)
         yield texts
 
 

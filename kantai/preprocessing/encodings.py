@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kantai.errors import UserError
+from kantai.output import redact
 from kantai.preprocessing.files import HUB, MIB, File, open_file
 
 _MAX_SHARE = 0.01  # of the bytes; prose of another encoding than UTF-8 mostly has more
@@ -161,14 +162,15 @@ def refuse_foreign_files(files: Iterable[File], tallies: Mapping[str, Tally]) ->
     """Refuse the first file, if any, whose text has another encoding.
 
     Args:
-        tallies: of files that were read in parts, by path.
+        tallies: of files that were read, by redacted path.
 
     Raises:
         UserError: see :func:`refuse_foreign`.
     """
     for file in files:
-        if file.path in tallies:
-            refuse_foreign(file, tallies[file.path])
+        found = tallies.get(redact(file.path))
+        if found is not None:
+            refuse_foreign(file, found)
 
 
 def judged(

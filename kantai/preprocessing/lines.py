@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, BinaryIO
 
 from kantai.errors import UserError
+from kantai.output import redact
 from kantai.preprocessing.encodings import Tally, refuse_mark, tally
 
 MAX_DOCUMENT_BYTES = 1 << 28
@@ -32,8 +33,8 @@ class Report:
         byte_order_marks: files that began with a byte-order mark.
         windows_line_ends: lines that ended in ``\\r\\n``.
         first: the place where each of the last six was first met, by its name.
-        tallies: of files of which only parts were read, by path, to judge their encoding when all
-            parts are known; no part of the counts.
+        tallies: of files of which only parts were read, by redacted path: their encoding is judged
+            when all parts are known. They are no part of the counts.
     """
 
     documents: int = 0
@@ -72,7 +73,7 @@ class Report:
 
     def add_tally(self, path: str, found: Tally) -> None:
         """Include what was read next of a file."""
-        self.tallies.setdefault(path, Tally()).add(found)
+        self.tallies.setdefault(redact(path), Tally()).add(found)
 
     def count(self, name: str, place: str, times: int = 1) -> None:
         """Count something that has a place."""

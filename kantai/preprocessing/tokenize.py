@@ -26,6 +26,7 @@ from tqdm import tqdm
 from kantai.data.rng import Bools, Int64s, TokenIds, UInt64s
 from kantai.data.shards import SPLITS, ShardWriter, token_dtype
 from kantai.errors import UserError
+from kantai.output import redact_all
 from kantai.preprocessing.documents import documents
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens
 from kantai.preprocessing.lines import Report
@@ -140,7 +141,8 @@ class _PieceWriter:
             np.savez_compressed(
                 file, counts=self._counts, train=found[TRAIN], held_out=found[HELD_OUT]
             )
-        record = {"key": self._job.key(self._number), **shards, "report": asdict(self._report)}
+        report = redact_all(asdict(self._report))
+        record = {"key": self._job.key(self._number), **shards, "report": report}
         with replaced(self._job.record_path(self._number)) as path:
             path.write_text(json.dumps(record), encoding="utf-8")
 

@@ -33,6 +33,7 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from kantai.errors import UserError
+from kantai.output import REDACTED, redact
 
 T = TypeVar("T")
 _PASSING_STATUSES = (408, 425, 429)  # HTTP's client errors that ask the client to try again
@@ -110,7 +111,7 @@ class Cache:
         self.limit_bytes = limit_bytes
         self._remote = _Remote(url, tries, backoff_seconds, stall_seconds)
         self._folder = folder
-        self._files = folder / hashlib.sha256(self._remote.url.encode()).hexdigest()[:16]
+        self._files = folder / hashlib.sha256(redact(self._remote.url).encode()).hexdigest()[:16]
         self._files.mkdir(parents=True, exist_ok=True)
         self._request: _PrefetchRequest | None = None
 
@@ -340,6 +341,11 @@ class _Remote:
 
 
 def _connect(url: str, stall_seconds: float) -> tuple[Any, str]:
+    if REDACTED in url:
+        raise UserError(
+            f"cannot read {url}: a run records no passwords and tokens; give the whole URL again, "
+            "as by --data.shards=..., or name one without a password"
+        )
     try:
         driver = fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
     except ImportError as error:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from kantai.errors import UserError
 from kantai.output import redact
 from kantai.preprocessing.encodings import Tally, refuse_mark, tally
+from kantai.storage import network
 
 MAX_DOCUMENT_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 18  # the text of a block stays in the processor's cache
@@ -307,7 +308,7 @@ def _chunks(content: BinaryIO, path: str, position: int, stop: int | None) -> It
         except Exception as error:  # each decompressor, file system and network raises its own
             raise UserError(
                 f"{path} cannot be read beyond byte {position} of its text, "
-                f"it is damaged, cut off or out of reach: {error}"
+                f"it is damaged, cut off or out of reach: {network.reason(error)}"
             ) from None
         if not chunk:
             return

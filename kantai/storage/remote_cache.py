@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from kantai.errors import UserError
 from kantai.output import REDACTED, redact
+from kantai.storage.network import http_options
 
 T = TypeVar("T")
 _PASSING_STATUSES = (408, 425, 429)  # HTTP's client errors that ask the client to try again
@@ -347,7 +348,7 @@ def _connect(url: str, stall_seconds: float) -> tuple[Any, str]:
             "as by --data.shards=..., or name one without a password"
         )
     try:
-        driver = fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
     except ImportError as error:
         raise UserError(f"cannot read {url}: {error} (with pip install)") from None
     except ValueError:
@@ -355,14 +356,7 @@ def _connect(url: str, stall_seconds: float) -> tuple[Any, str]:
             f"cannot read {url}: it is of no kind that fsspec reads, "
             "such as s3://, gs://, hf:// or https://"
         ) from None
-    options = {}
-    if "https" in driver.protocol:
-        from aiohttp import ClientTimeout
-
-        # By default aiohttp ends every transfer after five minutes, however well it goes.
-        options["timeout"] = ClientTimeout(
-            total=None, sock_connect=stall_seconds, sock_read=stall_seconds
-        )
+    options = http_options(url, stall_seconds)
     file_system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     return file_system, root.rstrip("/")
 

@@ -120,7 +120,7 @@ def documents(
             if not span.file.size:
                 read.count("empty_files", span.file.path)
                 continue
-            for texts in _reader(span, unit, text_field)(span, read):
+            for texts in _named_encoding(span, _reader(span, unit, text_field)(span, read), read):
                 kept = [text for text in texts if text and not text.isspace()]
                 read.documents += len(kept)
                 read.empty += len(texts) - len(kept)
@@ -132,6 +132,17 @@ def documents(
     finally:
         if report is not None:
             report.merge(read)
+
+
+def _named_encoding(
+    span: Span, texts: Iterator[Sequence[str]], report: Report
+) -> Iterator[Sequence[str]]:
+    """Pass texts on; where a parser stumbles over text of another encoding, say that it is one."""
+    try:
+        yield from texts
+    except UserError:
+        refuse_foreign(span.file, report.tallies.get(redact(span.file.path), Tally()))
+        raise
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:

@@ -190,3 +190,18 @@ def test_tokenizer_is_not_trained_on_text_of_another_encoding(tmp_path: Path) ->
     assert done.stderr.startswith(f"error: {path} line 2001 is not UTF-8")
     assert "iconv -f CP1252 -t UTF-8" in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "CP932", "BIG5"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_records_that_cannot_be_parsed_for_their_encoding_are_refused_for_it(
+    tmp_path: Path, encoding: str, name: str
+) -> None:
+    """In some encodings, a character may end in a byte that is a backslash elsewhere."""
+    texts = ["表示する能力と表現、ソースの一覧。" * 3, "功能許蓋育。" * 3, "plain words"]
+    text = SAMPLES[encoding].strip() if encoding.startswith("UTF") else texts[encoding == "BIG5"]
+    record = f'{{"text": "{text}"}}\n' if name == "a.jsonl" else f'"{text}"\n'
+    begin = "text\n" if name == "a.csv" else ""
+    path = written(tmp_path / name, (begin + record * 50).encode(encoding))
+    with pytest.raises(UserError, match=f"it seems to be {encoding}: convert it first"):
+        list(read([path]))

@@ -10,15 +10,19 @@ import unicodedata
 from typing import Any, TextIO, cast
 
 REDACTED = "REDACTED"
+# Lengths are bounded, so that the time for a long text grows with its length alone.
 _SECRET_NAME = (
-    r"(?:[\w.-]*(?:token|signature|secret|passw(?:or)?d|credential|api[_-]?key|access[_-]?key|"
-    r"account[_-]?key|connection[_-]?string)[\w.-]*|sig|key|pwd|auth|authorization|jwt)"
+    r"(?:[\w.-]{0,40}(?:token|signature|secret|passw(?:or)?d|credential|api[_-]?key|access[_-]?key|"
+    r"account[_-]?key|connection[_-]?string)[\w.-]{0,40}|sig|key|pwd|auth|authorization|jwt)"
 )
 _SECRETS = (
     # scheme://user:password@host; and https://token@host, where other schemes have a user, or a
     # container before the @.
-    (re.compile(r"\b([a-z][\w+.-]*://[^\s/:@'\"?#]*):[^\s/'\"?#]*@", re.I), rf"\1:{REDACTED}@"),
-    (re.compile(r"\b(https?://)[^\s/:@'\"?#]+@", re.I), rf"\1{REDACTED}@"),
+    (
+        re.compile(r"\b([a-z][\w+.-]{0,30}://[^\s/:@'\"?#]{0,200}):[^\s/'\"?#]{0,1000}@", re.I),
+        rf"\1:{REDACTED}@",
+    ),
+    (re.compile(r"\b(https?://)[^\s/:@'\"?#]{1,1000}@", re.I), rf"\1{REDACTED}@"),
     (re.compile(rf"([?&;]{_SECRET_NAME}=)[^\s&;#'\"]+", re.I), rf"\1{REDACTED}"),
     # Options of a file system, as drivers print them: 'secret': 'x' or secret=x. Prose has colons
     # without quotation marks.

@@ -39,8 +39,7 @@ def main() -> None:
             read,
             splittable=partial(splittable, unit=arguments.document),
         )
-        texts = sample.read(partial(read, report=report))
-        texts = judged(texts, files, report.tallies)
+        texts = judged(sample.read(partial(read, report=report)), files, report.tallies)
         texts = with_progress_bar(texts, sample.expected_bytes, "reading")
         tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
         save_tokenizer(tokenizer, folder)

@@ -1,6 +1,7 @@
 """No secret and no escape sequence leaves the process."""
 
 import json
+import time
 from pathlib import Path
 
 import fsspec
@@ -154,3 +155,10 @@ def test_corpus_with_escape_sequences_is_inspected_plainly(
     assert "\\x1b]0;title\\x07" in done.stdout
     assert "\x1b" not in done.stdout and "\x07" not in done.stdout
     assert json.loads((shards / "manifest.json").read_text())["source"]["input"] == [str(text)]
+
+
+@pytest.mark.parametrize("part", ["a.b-c", "?a&b;", "://x:", "http://a", "secret=", "word ", "_"])
+def test_long_text_is_redacted_in_time_that_grows_with_its_length(part: str) -> None:
+    start = time.process_time()
+    redact(part * 50_000)
+    assert time.process_time() - start < 10  # the square of its length took minutes

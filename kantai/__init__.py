@@ -2,6 +2,7 @@
 
 The package, bottom first. A folder imports only from those above it (``tests/test_layout.py``)::
 
+    output.py        What leaves the process: no secrets, no escape sequences
     errors.py        How bad input ends: one line, exit code 2
     config/          What a run is: settings, batch arithmetic
     storage/         Files and folders published whole, and fetched once a node

@@ -5,22 +5,36 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
+
+from kantai.output import PlainOutput, plain, redact
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """An error whose message is one line: what is wrong, where, and what to do."""
+    """An error that the user can put right.
+
+    The message is one line: what is wrong, where, and what to do. Secrets in it are redacted, since
+    launchers write it into files, too.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's ``main``.
 
-    Bad input and I/O failures end the program with one line on stderr and exit code 2.
+    Bad input and I/O failures end the program with one line on stderr and exit code 2. What is
+    printed is redacted and plain.
     """
+    sys.excepthook = _print_traceback
     try:
-        main()
+        with contextlib.redirect_stdout(PlainOutput.of(sys.stdout)):
+            main()
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:  # `script | head`: the reader has seen enough
@@ -37,6 +51,14 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(error, OSError) and path is not None:
             _fail(f"{error.strerror}: {path}")
         raise
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, frames: TracebackType | None
+) -> None:
+    """Print a traceback as Python does, redacted."""
+    text = "".join(traceback.format_exception(kind, error, frames))
+    print(redact(text), end="", file=sys.stderr, flush=True)
 
 
 def _is_full_disk(error: Exception) -> bool:
@@ -56,5 +78,6 @@ def _fail(message: str) -> None:
         # others before they repeat it. A failure that only this rank sees is still printed.
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(3)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = plain(redact(" ".join(message.split())))
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)

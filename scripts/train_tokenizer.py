@@ -4,19 +4,20 @@ python scripts/train_tokenizer.py --input corpus.txt --output tokenizer --vocab_
 """
 
 import argparse
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 
 from kantai.data.tokenizer import load_tokenizer, save_tokenizer
 from kantai.errors import run_command
+from kantai.output import redact_all
 from kantai.preprocessing.documents import (
     add_corpus_arguments,
     documents,
     splittable,
     with_progress_bar,
 )
+from kantai.preprocessing.encodings import judged
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.sampling import draw_samples
@@ -43,7 +44,7 @@ def main() -> None:
         sample, rest = draw_samples(
             files, int(arguments.sample_bytes), arguments.seed, read, splittable=can_split
         )
-        texts = sample.read(partial(read, report=report))
+        texts = judged(sample.read(partial(read, report=report)), files, report.tallies)
         texts = with_progress_bar(texts, sample.expected_bytes, "reading")
         cut = LongWords()
         tokenizer = train_tokenizer(
@@ -61,8 +62,8 @@ def main() -> None:
             "sample_files": sample.files,
             "seed": arguments.seed,
             "coverage": fit,
-            "read": dataclasses.asdict(report),
-            "long_words": dataclasses.asdict(cut),
+            "read": redact_all(report.counts()),
+            "long_words": vars(cut),
         }
         text = json.dumps(content, indent=1) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")

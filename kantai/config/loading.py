@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 from kantai.config.conversion import RENAMED
 from kantai.config.schema import MAY_CHANGE, Config
 from kantai.errors import UserError
+from kantai.output import redact_all
 
 
 def load_config(
@@ -72,20 +73,20 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write a config so that :func:`load_config` gives it back."""
+    """Write a config so that :func:`load_config` gives it back, but for secrets in its URLs."""
     path.write_text(to_yaml(config.model_dump()), encoding="utf-8")
 
 
 def to_yaml(tree: dict[str, Any]) -> str:
-    """A tree of plain values as YAML, its keys in their order."""
+    """A tree of plain values as YAML, its keys in their order, its secrets redacted."""
     text = io.StringIO()
-    _yaml().dump(tree, text)
+    _yaml().dump(redact_all(tree), text)
     return text.getvalue()
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
     """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
-    values = config.model_dump()
+    values = redact_all(config.model_dump())
     found = {}
     for key, field in schema(Config):
         if field.json_schema_extra != MAY_CHANGE:

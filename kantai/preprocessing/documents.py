@@ -2,13 +2,14 @@ r"""Read documents from text, JSON lines, CSV, Parquet and data sets of the Hub.
 
 A document is a line, a paragraph, a file or a record. Defects are repaired and counted in a
 :class:`Report`; nothing is lost silently. Bytes that are not UTF-8, halves of surrogate pairs and
-NUL characters become U+FFFD. If more than one document in a hundred has them, the text has another
-encoding and is refused. Byte-order marks are removed, blank documents are dropped, and lines end in
-``\n`` or ``\r\n`` alone.
+NUL characters become U+FFFD. A file that has so many of them that it has another encoding is
+refused (see :mod:`kantai.preprocessing.encodings`). Byte-order marks are removed, blank documents
+are dropped, and lines end in ``\n`` or ``\r\n`` alone.
 """
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,13 @@ from typing import Any, Literal, get_args
 from tqdm import tqdm
 
 from kantai.errors import UserError
+from kantai.output import redact
+from kantai.preprocessing.encodings import (
+    Tally,
+    refuse_foreign,
+    refuse_foreign_beginning,
+    tally,
+)
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
 from kantai.preprocessing.lines import (
     MAX_DOCUMENT_BYTES,
@@ -30,7 +38,6 @@ from kantai.preprocessing.lines import (
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-_MAX_REPAIRED = 0.01  # share of a piece's documents; text of another encoding has more
 # Records are read in batches of at most this many texts, and given out by this many bytes.
 _BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 22
@@ -61,6 +68,22 @@ def splittable(file: File, unit: Unit | None) -> bool:
     return not compression and format_suffix != ".csv" and unit != "file"
 
 
+def has_paragraphs(file: File) -> bool:
+    """Tell whether text has blank lines that end its paragraphs, by its first MiB.
+
+    Blank lines here and there are no ends of paragraphs: text has none if it would have fewer than
+    ten, or if they would have more than a hundred lines on average.
+    """
+    if _has_records(file):
+        return False
+    with open_file(file) as content:
+        blocks = read_lines(content, file.path, 0, MIB, Report())
+        inside = itertools.takewhile(lambda block: block.inside, blocks)
+        lines = [line for block in inside for line in block.lines]
+    blank = sum(1 for line in lines if not line or line.isspace())
+    return blank >= 10 and len(lines) <= 100 * blank
+
+
 def documents(
     piece: Piece, unit: Unit | None = None, text_field: str = "text", report: Report | None = None
 ) -> Iterator[str]:
@@ -82,8 +105,9 @@ def documents(
 
     Raises:
         UserError: a file cannot be read to its end, has another format than its name says, or lacks
-            the field; a document is longer than 256 MiB; more than one document in a hundred of the
-            piece had to be repaired.
+            the field; a document is longer than 256 MiB; a file that the piece holds whole, or the
+            beginning of a large one, has another encoding than UTF-8. Whoever reads a file in
+            parts judges it by the sum of the report's tallies.
     """
     read = Report()
     try:
@@ -92,17 +116,29 @@ def documents(
             if not span.file.size:
                 read.count("empty_files", span.file.path)
                 continue
-            for texts in _reader(span, unit, text_field)(span, read):
+            for texts in _named_encoding(span, _reader(span, unit, text_field)(span, read), read):
                 kept = [text for text in texts if text and not text.isspace()]
                 read.documents += len(kept)
                 read.empty += len(texts) - len(kept)
                 read.characters += sum(map(len, kept))
                 yield from kept
-        if read.replaced > _MAX_REPAIRED * read.documents:
-            raise UserError(_wrong_encoding(read))
+            if (span.start, span.stop) == (0, span.file.size):
+                found = read.tallies.pop(redact(span.file.path), Tally())
+                refuse_foreign(span.file, found)
     finally:
         if report is not None:
             report.merge(read)
+
+
+def _named_encoding(
+    span: Span, texts: Iterator[Sequence[str]], report: Report
+) -> Iterator[Sequence[str]]:
+    """Pass texts on; where a parser stumbles over text of another encoding, say that it is one."""
+    try:
+        yield from texts
+    except UserError:
+        refuse_foreign(span.file, report.tallies.get(redact(span.file.path), Tally()))
+        raise
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,24 +181,15 @@ def _reader(span: Span, unit: Unit | None, text_field: str) -> _Reader:
     return {"paragraph": _paragraphs, "file": _whole_file}.get(unit or "line", _lines)
 
 
+def _has_records(file: File) -> bool:
+    return file.path.startswith(HUB) or file.suffixes[0] in _RECORD_READERS
+
+
 def _check_unit(file: File, unit: Unit | None) -> None:
-    has_records = file.path.startswith(HUB) or file.suffixes[0] in _RECORD_READERS
+    has_records = _has_records(file)
     if unit is not None and has_records != (unit == "record"):
         units = "record" if has_records else "line, paragraph or file"
         raise UserError(f"{file.path} cannot be cut by --document {unit}: give {units}")
-
-
-def _wrong_encoding(report: Report) -> str:
-    share = f"as {report.replaced:,} of {report.documents:,} documents"
-    if "invalid_utf8" in report.first:
-        return (
-            f"{report.first['invalid_utf8']} is not UTF-8, {share}: "
-            "convert it first, as with iconv -f LATIN1 -t UTF-8"
-        )
-    return (
-        f"{report.first['nul']} has a NUL byte, {share}: "
-        "it is binary, or text of another encoding than UTF-8"
-    )
 
 
 def _blocks(span: Span, report: Report) -> Iterator[Block]:
@@ -171,6 +198,8 @@ def _blocks(span: Span, report: Report) -> Iterator[Block]:
         return
     # Only the end of the file will do for a compressed one: its size says nothing about its text.
     stop = None if span.stop == span.file.size else span.stop
+    if span.start == 0:
+        refuse_foreign_beginning(span.file)
     with open_file(span.file, max(span.start - 1, 0)) as content:
         yield from read_lines(content, span.file.path, span.start, stop, report)
 
@@ -269,7 +298,10 @@ def _json_text(block: Block, index: int, text_field: str, report: Report) -> str
     if text and "\\u" in line:
         text, escaped = repaired(text)
         if escaped:
-            defects |= dict.fromkeys(escaped, block.place(index))
+            place = block.place(index)
+            defects |= dict.fromkeys(escaped, place)
+            spoiled = Tally(0, 0, int("invalid_utf8" in escaped), int("nul" in escaped), place)
+            report.add_tally(block.path, spoiled)
     report.count_repaired(defects)
     return text or ""
 
@@ -318,7 +350,9 @@ def _parquet_records(text_field: str, span: Span, report: Report) -> Iterator[li
                     batches = file.iter_batches(
                         _batch_records(group, text_field), [index], [text_field]
                     )
-                    yield from _column_texts(batches, path, number, text_field, report)
+                    yield from _column_texts(
+                        batches, span.file, path, number, text_field=text_field, report=report
+                    )
                 number += group.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
@@ -350,7 +384,7 @@ def _hub_records(text_field: str, span: Span, report: Report) -> Iterator[list[s
         if text_field not in (data.column_names or [text_field]):
             raise UserError(_no_text(f"{path} record 1", text_field))
         batches = data.iter(batch_size=_BATCH_RECORDS)
-        yield from _column_texts(batches, path, 1, text_field, report)
+        yield from _column_texts(batches, span.file, path, 1, text_field=text_field, report=report)
     except UserError:
         raise
     except Exception as error:  # from the library, the Hub or the network
@@ -358,13 +392,14 @@ def _hub_records(text_field: str, span: Span, report: Report) -> Iterator[list[s
 
 
 def _column_texts(
-    batches: Iterable[Any], path: str, number: int, text_field: str, report: Report
+    batches: Iterable[Any], file: File, path: str, number: int, *, text_field: str, report: Report
 ) -> Iterator[list[str]]:
     """Yield the texts of Arrow batches or tables; ``number`` is that of the first record."""
     for batch in batches:
         if text_field not in batch.column_names or not _is_text(batch.column(text_field).type):
             raise UserError(_no_text(f"{path} record {number}", text_field))
         texts: list[str] = []
+        found = Tally()
         size = 0
         for value in batch.column(text_field):
             place = f"{path} record {number}"
@@ -372,6 +407,10 @@ def _column_texts(
             check_length(len(stored), place)
             text, defects = repaired(stored)
             report.count_repaired(dict.fromkeys(defects, place))
+            if defects:
+                found.add(dataclasses.replace(tally(stored, text), first=place))
+            else:
+                found.add(Tally(len(stored), len(stored) - len(text)))
             texts.append(text)
             number += 1
             size += len(stored)
@@ -379,6 +418,7 @@ def _column_texts(
                 yield texts
                 texts = []
                 size = 0
+        report.add_tally(file.path, found)
         yield texts
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kantai.errors import UserError
+from kantai.storage import network
 
 MIB = 1 << 20
 HUB = "hub:"
@@ -92,14 +93,14 @@ def find_files(inputs: Sequence[str]) -> list[File]:
 
     A directory, also one that a glob matches, stands for all files below it except hidden ones.
     Links to directories are followed, but one input searches no directory twice. Files come in the
-    order of the inputs, sorted within each input, and each file once. Empty files are kept: readers
-    count them.
+    order of the inputs, sorted within each input, and each file once, by its first name, whatever
+    other names and links lead to it. Empty files are kept: readers count them.
 
     Raises:
         UserError: an input matches nothing or cannot be reached, a link leads nowhere, a driver is
             not installed, or every file is empty.
     """
-    found: dict[str, File] = {}
+    found: dict[str, File] = {}  # by what is the same for all spellings of a file
     for name in inputs:
         files = _find_input(name)
         if not files:
@@ -108,9 +109,9 @@ def find_files(inputs: Sequence[str]) -> list[File]:
                 "a directory of them, or a quoted glob"
             )
         for file in files:
-            found.setdefault(file.path, file)
+            found.setdefault(_identity(file.path), file)
     if not any(file.size for file in found.values()):
-        first = next(iter(found))
+        first = next(iter(found.values())).path
         if len(found) == 1:
             subject = f"{first} is empty"
         else:
@@ -240,6 +241,29 @@ def hub_dataset(path: str) -> Any:
         raise UserError(f"{path} cannot be opened: {error}") from None
 
 
+def _identity(path: str) -> str:
+    """Return what is the same for all spellings of a path, URL or data set.
+
+    Links are resolved, but no numbers of files are compared: some network file systems give the
+    same one to several, and text would be lost.
+    """
+    if path.startswith(HUB):
+        name, config, split = _hub_parts(path)
+        if name.startswith((".", "/")):
+            name = os.path.realpath(name)
+        return f"{HUB}{name}:{config or 'default'}:{split or 'train'}"
+    protocol, separator, rest = path.partition("://")
+    if not separator:
+        return os.path.realpath(path)
+    if protocol.lower() in ("file", "local"):
+        return os.path.realpath(rest)
+    if protocol.lower() in ("http", "https"):
+        from yarl import URL
+
+        return str(URL(path).with_fragment(None))
+    return path
+
+
 def _is_remote(path: str) -> bool:
     return "://" in path
 
@@ -301,9 +325,12 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec  # imported here, so that local files need not wait for it
     from fsspec.registry import known_implementations
 
-    protocol = url.partition("://")[0]
+    protocol, _, rest = url.partition("://")
+    protocol = protocol.lower()
+    url = f"{protocol}://{rest}"
     try:
-        return cast(tuple[Any, str], fsspec.url_to_fs(url))
+        options = network.http_options(url, network.STALL_SECONDS)
+        return cast(tuple[Any, str], fsspec.url_to_fs(url, **options))
     except ImportError:
         package = known_implementations[protocol]["class"].partition(".")[0]
         if package == "fsspec":
@@ -320,7 +347,7 @@ def _remote_files(url: str) -> list[File]:
     try:
         infos = _remote_infos(file_system, path)
     except Exception as error:  # each driver raises its own
-        raise UserError(f"{url} cannot be listed: {error}") from None
+        raise UserError(f"{url} cannot be reached: {network.reason(error)}") from None
     files = []
     for name in sorted(infos, key=_sorting_key):
         info = infos[name]
@@ -338,7 +365,9 @@ def _remote_infos(file_system: Any, path: str) -> dict[str, dict[str, Any]]:
     try:
         found = {path: file_system.info(path)}
         not_hidden = path  # someone who names a hidden directory gets its files
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not network.is_missing(error) and not glob.has_magic(path):
+            raise
         found = file_system.glob(path, detail=True) if glob.has_magic(path) else {}
         not_hidden = path if "/." in path else ""
     searched = "\n"  # the last directory searched; at first none, as no name begins like this
@@ -367,7 +396,7 @@ def _open(file: File, start: int) -> Any:
         stored.seek(start)
         return stored
     except Exception as error:  # each driver raises its own
-        raise UserError(f"{file.path} cannot be opened: {error}") from None
+        raise UserError(f"{file.path} cannot be opened: {network.reason(error)}") from None
 
 
 def _open_http(file_system: Any, path: str, start: int) -> Any:

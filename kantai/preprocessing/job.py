@@ -13,6 +13,7 @@ import numpy as np
 from kantai.data.rng import Int64s, TokenIds
 from kantai.data.shards import SPLITS
 from kantai.data.tokenizer import Vocabulary, load_tokenizer
+from kantai.output import redact
 from kantai.preprocessing.documents import Unit
 from kantai.preprocessing.files import Piece
 from kantai.storage.atomic import Damaged, check_output, digest, read_manifest
@@ -65,7 +66,8 @@ class Job:
     def key(self, number: int) -> str:
         """Return a digest of everything that decides the shards of a piece."""
         spans = [
-            (span.file.path, span.file.size, span.file.version, span.start, span.stop)
+            # Another signature or password of the same URL makes no other pieces.
+            (redact(span.file.path), span.file.size, span.file.version, span.start, span.stop)
             for span in self.all_pieces[number]
         ]
         settings = (self.unit, self.text_field, self.vocabulary.fingerprint)

@@ -3,10 +3,13 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
-from typing import BinaryIO
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, BinaryIO
 
 from kantai.errors import UserError
+from kantai.output import redact
+from kantai.preprocessing.encodings import Tally, refuse_mark, tally
+from kantai.storage import network
 
 MAX_DOCUMENT_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 18  # the text of a block stays in the processor's cache
@@ -31,12 +34,35 @@ class Report:
     byte_order_marks: int = 0  # files that began with one
     windows_line_ends: int = 0  # lines that ended in \r\n
     first: dict[str, str] = field(default_factory=dict)  # where each of the last six was first met
+    # Of files of which only parts were read, by redacted path: their encoding is judged when all
+    # parts are known. They are no part of the counts.
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Report":
+        """Return the report that ``dataclasses.asdict`` made a record of."""
+        tallies = record.get("tallies", {})
+        return cls(**{**record, "tallies": {path: Tally(**tallies[path]) for path in tallies}})
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts and first places, without the tallies."""
+        counts = asdict(self)
+        del counts["tallies"]
+        return counts
 
     def merge(self, following: "Report") -> None:
         """Include the report of the span that was read next."""
-        for name in (counted.name for counted in fields(self) if counted.name != "first"):
-            setattr(self, name, getattr(self, name) + getattr(following, name))
+        for counted in fields(self):
+            if counted.type is int:
+                total = getattr(self, counted.name) + getattr(following, counted.name)
+                setattr(self, counted.name, total)
         self.first = following.first | self.first
+        for path, found in following.tallies.items():
+            self.add_tally(path, found)
+
+    def add_tally(self, path: str, found: Tally) -> None:
+        """Include what was read next of a file."""
+        self.tallies.setdefault(redact(path), Tally()).add(found)
 
     def count(self, name: str, place: str, times: int = 1) -> None:
         """Count something that has a place."""
@@ -137,6 +163,8 @@ def read_lines(
     number = 0 if start else 1
     for raw, offset, inside in _raw_blocks(content, path, start, stop):
         text = raw
+        if offset == 0:
+            refuse_mark(raw, path)
         if offset == 0 and raw.startswith(_BYTE_ORDER_MARK):
             report.count("byte_order_marks", path)
             text = raw[len(_BYTE_ORDER_MARK) :]
@@ -145,21 +173,28 @@ def read_lines(
             if inside and windows_line_ends:
                 report.count("windows_line_ends", path, windows_line_ends)
             text = text.replace(b"\r\n", b"\n")
-        lines, defects = _decoded(text.removesuffix(b"\n"))
-        yield Block(path, raw, offset, number, inside, lines, defects)
+        lines, defects, found = _decoded(text.removesuffix(b"\n"))
+        block = Block(path, raw, offset, number, inside, lines, defects)
+        if inside:
+            found.size = len(raw)  # with the line ends, so that it does not depend on the blocks
+            found.first = block.place(min(defects)) if defects else ""
+            report.add_tally(path, found)
+        yield block
         number += len(lines) if number else 0
 
 
-def _decoded(text: bytes) -> tuple[list[str], dict[int, tuple[str, ...]]]:
-    """Return lines as text, and the defects of those that had to be repaired, by index."""
+def _decoded(text: bytes) -> tuple[list[str], dict[int, tuple[str, ...]], Tally]:
+    """Return lines as text, the defects of those that had to be repaired, by index, and a tally."""
     if b"\0" not in text:
         try:
-            return text.decode().split("\n"), {}
+            valid = text.decode()
+            return valid.split("\n"), {}, Tally(len(text), len(text) - len(valid))
         except UnicodeDecodeError:
             pass
     pairs = [repaired(line) for line in text.split(b"\n")]
     lines = [line for line, _ in pairs]
-    return lines, {index: defects for index, (_, defects) in enumerate(pairs) if defects}
+    defects = {index: found for index, (_, found) in enumerate(pairs) if found}
+    return lines, defects, tally(text, "\n".join(lines))
 
 
 def _raw_blocks(
@@ -249,7 +284,7 @@ def _chunks(content: BinaryIO, path: str, position: int, stop: int | None) -> It
         except Exception as error:  # each decompressor, file system and network raises its own
             raise UserError(
                 f"{path} cannot be read beyond byte {position} of its text, "
-                f"it is damaged, cut off or out of reach: {error}"
+                f"it is damaged, cut off or out of reach: {network.reason(error)}"
             ) from None
         if not chunk:
             return

@@ -22,6 +22,7 @@ from kantai.data.shards import (
     write_shard,
 )
 from kantai.errors import UserError
+from kantai.preprocessing.encodings import refuse_foreign_files
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, refuse_output
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.long_documents import MAX_CHARACTERS, LongDocuments
@@ -44,19 +45,21 @@ def merge(job: Job, min_shard_tokens: int = MIN_SHARD_TOKENS) -> dict[str, Any]:
             sequence would give none, and each shard's last sequence repeats some of the one before.
 
     Raises:
-        UserError: a piece is not finished or damaged, or a split has no documents.
+        UserError: a piece is not finished or damaged, a file has another encoding than UTF-8, or a
+            split has no documents.
     """
     refuse_output(job)
     with locked(job.output):
         refuse_output(job)  # another process may have published it meanwhile
         records = _read_records(job)
+        report = _judged_report(job, records)
         _verify_pieces(job, records)
         contents = _Contents(_count_all_tokens(job), {split: [] for split in SPLITS})
         if job.keeps_fingerprints:
             contents.overlap = _find_duplicates(job, records)
         _move_train_shards(job, records, contents, min_shard_tokens)
         _rewrite_held_out(job, records, contents)
-        manifest = _manifest(job, records, contents)
+        manifest = _manifest(job, records, report, contents)
         _refuse_empty(job, records, manifest["splits"])
         _publish(job, manifest, contents)
     return manifest
@@ -366,15 +369,15 @@ def _kept(
     return shard.tokens[is_kept_token], shard.lengths[kept]
 
 
-def _manifest(job: Job, records: list[dict[str, Any]], contents: _Contents) -> dict[str, Any]:
-    report = Report()
+def _manifest(
+    job: Job, records: list[dict[str, Any]], report: Report, contents: _Contents
+) -> dict[str, Any]:
     long_documents = LongDocuments()
     for record in records:
-        report.merge(Report(**record["report"]))
         long_documents.documents += record["long_documents"]["documents"]
         long_documents.parts += record["long_documents"]["parts"]
     counted = {
-        **asdict(report),
+        **report.counts(),
         "duplicates": contents.duplicates,
         "long_documents": asdict(long_documents),
     }
@@ -393,6 +396,21 @@ def _manifest(job: Job, records: list[dict[str, Any]], contents: _Contents) -> d
         "report": counted,
         "splits": splits,
     }
+
+
+def _judged_report(job: Job, records: list[dict[str, Any]]) -> Report:
+    """Merge the pieces' reports, and judge the encoding of the files that were cut.
+
+    Raises:
+        UserError: a file has another encoding than UTF-8.
+    """
+    report = Report()
+    for record in records:
+        report.merge(Report.of_record(record["report"]))
+    if report.tallies:
+        files = {span.file.path: span.file for piece in job.all_pieces for span in piece}
+        refuse_foreign_files(files.values(), report.tallies)
+    return report
 
 
 def _split_entry(shards: list[dict[str, Any]], token_counts: Int64s, eos_id: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from kantai.data.rng import Bools, Int64s, TokenIds, UInt64s
 from kantai.data.shards import SPLITS, ShardWriter, token_dtype
 from kantai.data.tokenizer import batched_texts
 from kantai.errors import UserError
+from kantai.output import redact_all
 from kantai.preprocessing.documents import documents
 from kantai.preprocessing.files import File, Piece, has_changed
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, refuse_output
@@ -136,7 +137,7 @@ class _PieceWriter:
             "key": self._job.key(self._number),
             **shards,
             "arrays": manifest_entry(self._job.arrays_path(self._number)),
-            "report": asdict(self._report),
+            "report": redact_all(asdict(self._report)),
             "long_documents": asdict(self._long_documents),
             "hash_range": self._hash_range,
         }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kantai.errors import UserError
+from kantai.output import redact_all
 
 MANIFEST = "manifest.json"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*:$|hub:)", re.IGNORECASE)
@@ -165,8 +166,11 @@ def begin(target: Path) -> Path:
 
 
 def publish(folder: Path, target: Path, files: dict[str, dict[str, Any]], **meta: Any) -> None:
-    """Seal a staging folder whose files are fsynced with a manifest; rename it to ``target``."""
-    content = {**meta, "files": files}
+    """Seal a staging folder whose files are fsynced with a manifest; rename it to ``target``.
+
+    Secrets in the manifest's entries are redacted.
+    """
+    content = {**redact_all(meta), "files": files}
     sealed = {**content, "digest": digest(content)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")

@@ -33,7 +33,9 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from kantai.errors import UserError
+from kantai.output import REDACTED, redact
 from kantai.storage.atomic import sha256
+from kantai.storage.network import http_options
 
 T = TypeVar("T")
 _PASSING_STATUSES = (408, 425, 429)  # HTTP's client errors that ask the client to try again
@@ -111,7 +113,7 @@ class Cache:
         self.limit_bytes = limit_bytes
         self._remote = _Remote(url, tries, backoff_seconds, stall_seconds)
         self._folder = folder
-        self._files = folder / hashlib.sha256(self._remote.url.encode()).hexdigest()[:16]
+        self._files = folder / hashlib.sha256(redact(self._remote.url).encode()).hexdigest()[:16]
         self._files.mkdir(parents=True, exist_ok=True)
         self._request: _PrefetchRequest | None = None
 
@@ -333,8 +335,13 @@ class _Remote:
 
 
 def _connect(url: str, stall_seconds: float) -> tuple[Any, str]:
+    if REDACTED in url:
+        raise UserError(
+            f"cannot read {url}: a run records no passwords and tokens; give the whole URL again, "
+            "as by --data.shards=..., or name one without a password"
+        )
     try:
-        driver = fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
     except ImportError as error:
         raise UserError(f"cannot read {url}: {error} (with pip install)") from None
     except ValueError:
@@ -342,14 +349,7 @@ def _connect(url: str, stall_seconds: float) -> tuple[Any, str]:
             f"cannot read {url}: it is of no kind that fsspec reads, "
             "such as s3://, gs://, hf:// or https://"
         ) from None
-    options = {}
-    if "https" in driver.protocol:
-        from aiohttp import ClientTimeout
-
-        # By default aiohttp ends every transfer after five minutes, however well it goes.
-        options["timeout"] = ClientTimeout(
-            total=None, sock_connect=stall_seconds, sock_read=stall_seconds
-        )
+    options = http_options(url, stall_seconds)
     file_system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     return file_system, root.rstrip("/")
 

@@ -7,6 +7,7 @@ from kantai.checkpoint.store import CheckpointStore
 from kantai.cluster.environment import allocated_since
 from kantai.distributed.engine import StepResult
 from kantai.evaluation.held_out import Score
+from kantai.output import plain
 from kantai.training.loss_monitor import LossMonitor
 from kantai.training.metrics import Metrics
 from kantai.training.progress import Progress
@@ -117,7 +118,9 @@ class RunLogger:
             },
         )
         lines = [f"{prompt}: {', '.join(word for word, _ in words)}" for prompt, words in fills]
-        markdown = "\n\n".join(line.replace("<", "&lt;") for line in lines)
+        # A corpus may hold HTML and Markdown, whose images TensorBoard would load: as code, they
+        # are text.
+        markdown = "\n".join(f"    {plain(' '.join(line.split()))}" for line in lines)
         self._metrics.log_text(step, "fill_mask", markdown)
 
     def log_checkpoint(self, step: int, stall_seconds: float, write_seconds: float) -> None:

@@ -1,5 +1,7 @@
 """Tests of the README's commands from training to prediction, and of the quickstart script."""
 
+import json
+import random
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from kantai.checkpoint.state import load_weights
 from kantai.model.roberta import build_model
 from kantai.storage.atomic import verify
 from kantai.training.run_dir import open_saved_run
-from tests.helpers.commands import ROOT, Program, pretrain, run_program, script, wait_until
+from tests.helpers.commands import ROOT, TINY, Program, pretrain, run_program, script, wait_until
 from tests.helpers.runs import metrics
 
 pytestmark = pytest.mark.slow
@@ -185,3 +187,73 @@ def test_quickstart_resumes_after_kill_and_skips_done_work(
     again = run_program(command, cwd=tmp_path, PYTHONPATH=str(tmp_path), code=0)
     assert again.stdout.splitlines()[-8:] == done.stdout.splitlines()[-8:]
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+
+
+CHINESE = [
+    "纯粹理性批判是康德的主要著作",
+    "人类的知识从经验开始",
+    "但并非都来自经验",
+    "我们思考世界",
+]
+HINDI = [
+    "शुद्ध बुद्धि की समीक्षा कांट की मुख्य रचना है",
+    "हमारा ज्ञान अनुभव से आरंभ होता है",
+    "यह नगर में लिखी गई थी",
+]
+ARABIC = [
+    "نقد العقل المحض هو الكتاب الرئيسي",
+    "تبدأ معرفتنا بالتجربة",
+    "وقد كتبه الفيلسوف في المدينة",
+]
+
+
+def shuffled(sentences: list[str], count: int, end: str) -> list[str]:
+    """Texts of four sentences in an order of their own."""
+    draw = random.Random(0)
+    return ["".join(draw.choice(sentences) + end for _ in range(4)) for _ in range(count)]
+
+
+CORPORA: dict[str, tuple[str, list[str], int]] = {
+    # name, content, options; how many prompts are filled in
+    "纯粹.txt": ("\n".join(shuffled(CHINESE, 1500, "。")), [], 3),
+    "hindi.TXT": ("\n\n".join(shuffled(HINDI, 1500, "। ")), [], 3),
+    "a b.JSONL": (
+        "".join(json.dumps({"content": text}) + "\n" for text in shuffled(ARABIC, 1500, ". ")),
+        ["--text_field", "content"],
+        3,
+    ),
+    # Documents of a character, which leave nothing to see beside the mask.
+    "letters.csv": (
+        "id,sign\n" + "".join(f"{number},{chr(0x4E00 + number)}\n" for number in range(1500)),
+        ["--text_field=sign"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_quickstart_finishes_on_every_language_and_format(name: str, tmp_path: Path) -> None:
+    content, options, count = CORPORA[name]
+    for folder in ("configs", "kantai", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for file in ("constraints.txt", "pyproject.toml"):
+        shutil.copy2(ROOT / file, tmp_path)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    steps = ["--training.max_steps=4", "--checkpoint.every_steps=4"]
+    command = [
+        "bash",
+        "scripts/quickstart.sh",
+        "--corpus",
+        tmp_path / name,
+        *options,
+        *TINY,
+        *steps,
+    ]
+    done = run_program(command, cwd=tmp_path, PYTHONPATH=str(tmp_path), code=0)
+    _, _, predictions = done.stdout.partition("== predictions\n")
+    assert predictions.count("<mask>") == count + 1
+    assert ("no held-out document has a word to hide" in predictions) == (count == 0)
+    (manifest,) = tmp_path.glob("runs/*/shards/manifest.json")
+    splits = json.loads(manifest.read_text())["splits"]
+    assert splits["train"]["documents"] + splits["held_out"]["documents"] == 1500

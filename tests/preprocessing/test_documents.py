@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import kantai.preprocessing.lines
 from kantai.errors import UserError
-from kantai.preprocessing.documents import Unit, documents, pieces
+from kantai.preprocessing.documents import Unit, documents, has_paragraphs, pieces
 from kantai.preprocessing.files import Span, find_files
 from kantai.preprocessing.lines import Report
 from tests.helpers.commands import run_program
@@ -414,7 +414,7 @@ def test_spans_have_documents_of_whole_file(
     text = b"\xef\xbb\xbf" * mark + text or b" "
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kantai.preprocessing.lines, "_BLOCK_BYTES", block)
-        patch.setattr("kantai.preprocessing.documents._MAX_REPAIRED", 1.0)
+        patch.setattr("kantai.preprocessing.encodings._MAX_SHARE", 1.0)
         (file,) = find_files(
             [str(write_file(Path(folder) / ("a.jsonl" if unit == "record" else "a.txt"), text))]
         )
@@ -430,6 +430,7 @@ def test_spans_have_documents_of_whole_file(
         assert [
             text for span in spans for text in documents((span,), unit, report=parts)
         ] == expected
+    parts.tallies.clear()  # those of a whole file are judged at its end
     assert dataclasses.replace(parts, first={}) == dataclasses.replace(whole, first={})
     assert parts.first.keys() == whole.first.keys()
     if unit == "line":
@@ -478,3 +479,17 @@ def test_pieces_have_documents_of_whole_corpus(tmp_path: Path) -> None:
 def test_piece_planning_refuses_unfit_document_unit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give record"):
         pieces(find_files([str(write_file(tmp_path / "a.jsonl", "{}"))]), "line")
+
+
+def test_text_has_paragraphs_if_blank_lines_end_many(tmp_path: Path) -> None:
+    cases = {
+        "wrapped.txt": (WRAPPED * 20, True),
+        "lines.txt": ("a sentence a line\n" * 2000, False),
+        "two chapters.txt": ("a sentence a line\n" * 1000 + "\n" + "a sentence\n" * 1000, False),
+        "a.JSONL": ('{"text": "x"}\n\n' * 50, False),
+    }
+    for name, (text, expected) in cases.items():
+        (file,) = find_files([str(write_file(tmp_path / name, text))])
+        assert has_paragraphs(file) == expected, name
+    packed = write_file(tmp_path / "a.txt.gz", gzip.compress(WRAPPED.encode() * 20))
+    assert has_paragraphs(*find_files([str(packed)]))

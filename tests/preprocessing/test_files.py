@@ -1,11 +1,13 @@
 """Tests that inputs are found in a fixed order and cut into pieces that depend on files alone."""
 
+import datetime
 import functools
 import gzip
 import http.server
 import json
 import lzma
 import os
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,7 +81,6 @@ def test_linked_directories_are_searched_once(tmp_path: Path) -> None:
         assert [os.path.relpath(file.path, tmp_path / "corpus") for file in find_files([name])] == [
             "b.txt",
             "linked/deep/a.txt",
-            "z.txt",
         ]
 
 
@@ -269,7 +275,7 @@ def test_http_files_are_read(tmp_path: Path, web: str) -> None:
         ("gs://bucket/a.txt", "pip install gcsfs"),
         ("abfs://bucket/a.txt", "pip install adlfs"),
         ("nosuch://a.txt", "Protocol not known: nosuch"),
-        ("NOBODY/a.txt", "no input at"),
+        ("NOBODY/a.txt", "cannot be reached: nothing listens there"),
         ("hub:./nothing_here", "hub:./nothing_here cannot be opened"),
     ],
 )
@@ -355,3 +361,140 @@ def test_file_opens_at_byte_offset(tmp_path: Path, memory: fsspec.AbstractFileSy
     for name in (str(write_file(tmp_path / "a.txt", "0123456789")), "memory://a.txt"):
         with open_file(find_files([name])[0], 4) as content:
             assert content.read() == b"456789"
+
+
+def test_file_of_several_spellings_is_read_once_by_its_first_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_file(tmp_path / "a" / "one.txt", "x\n")
+    (tmp_path / "link.txt").symlink_to(path)
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    spellings = [
+        "a/one.txt",
+        str(path),
+        "a/../a/one.txt",
+        "./a/one.txt",
+        "link.txt",
+        "linked/one.txt",
+        "a",
+        "*/*.txt",
+        f"file://{path}",
+        f"local://{path}",
+    ]
+    assert texts(*spellings) == ["x"]
+    for name in spellings[:6]:
+        assert [file.path for file in find_files([name, *spellings])] == [str(Path(name))]
+    write_file(tmp_path / "b" / "one.txt", "x\n")
+    assert texts("a/one.txt", "b/one.txt") == ["x", "x"]  # equal text is not the same file
+
+
+def test_url_of_several_spellings_is_read_once(tmp_path: Path, web: str) -> None:
+    lines = [f"line {number} of a file too long for one block" for number in range(100_000)]
+    write_file(tmp_path / "web" / "a b.txt", "\n".join(lines))
+    spellings = [
+        f"{web}/a%20b.txt",
+        f"{web}/a b.txt",
+        f"{web}/c/../a%20b.txt",
+        f"{web.replace('http', 'HTTP')}/%61%20b.txt",
+        f"{web}/a%20b.txt#top",
+    ]
+    cut_files = pieces(find_files(spellings), piece_bytes=MIB)
+    assert [text for piece in cut_files for text in documents(piece)] == lines
+    assert len(find_files([f"{web}/a%20b.txt", f"{web}/a%20b.txt?version=2"])) == 2
+
+
+def test_data_set_of_several_spellings_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path / "set" / "a.jsonl", '{"text": "x"}\n')
+    monkeypatch.chdir(tmp_path)
+    spellings = ["hub:./set", f"hub:{tmp_path}/set", "hub:./set:default", "hub:./set:default:train"]
+    assert texts(*spellings) == ["x"]
+
+
+class Refusing(WholeFiles):
+    """A server that answers with the status that the path names, or not at all."""
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/").partition(".")[0]
+        if name == "silent":
+            threading.Event().wait(3)
+        elif name != "hangup":
+            self.send_error(int(name))
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("401.txt", "cannot be reached: it asks for a password or token"),
+        ("403.txt", "cannot be reached: access is denied"),
+        ("404.txt", "no input at"),
+        ("410.txt", "no input at"),
+        ("429.txt", "cannot be reached: the server asks to be asked less often"),
+        ("500.txt", r"cannot be reached: the server fails \(500\): try again later"),
+        ("503.txt", r"cannot be reached: the server fails \(503\)"),
+        ("silent.txt", "cannot be reached: no answer within 0.5 seconds"),
+        ("hangup.txt", "cannot be reached: .*[Dd]isconnected"),
+    ],
+)
+def test_answer_of_a_server_is_said_in_words(
+    name: str, message: str, refusing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kantai.storage.network.STALL_SECONDS", 0.5)
+    with pytest.raises(UserError, match=f"{refusing}/{name} {message}|{message} {refusing}/{name}"):
+        find_files([f"{refusing}/{name}"])
+
+
+def test_unknown_host_and_http_without_tls_are_said_in_words(refusing: str) -> None:
+    with pytest.raises(UserError, match="no such host is known"):
+        find_files(["http://no-such-host.invalid/a.txt"])
+    with pytest.raises(UserError, match=r"TLS fails .* http:// and not https://"):
+        find_files([f"{refusing.replace('http', 'https')}/200.txt"])
+
+
+def test_certificate_that_nobody_signed_is_named(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    chain = write_file(tmp_path / "chain.pem", secret + certificate.public_bytes(Encoding.PEM))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="its certificate is not trusted: self-signed"):
+            find_files([f"https://127.0.0.1:{server.server_port}/200.txt"])
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

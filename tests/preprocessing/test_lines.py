@@ -65,12 +65,13 @@ def test_few_invalid_documents_are_repaired_and_counted(tmp_path: Path, unit: Un
     assert json.loads(json.dumps(dataclasses.asdict(report))) == dataclasses.asdict(report)
 
 
-def test_over_one_percent_invalid_documents_are_refused(tmp_path: Path) -> None:
-    good = write_file(tmp_path / "good.txt", b"\n".join(lines_with_bad(200, b"\xfc", b"\xfc")))
-    assert len(list(read_documents([good]))) == 200
-    bad = write_file(tmp_path / "bad.txt", b"\n".join(lines_with_bad(199, b"\xfc", b"\xfc")))
+def test_more_than_one_spoiled_document_in_a_hundred_is_another_encoding(tmp_path: Path) -> None:
+    """Judged by bytes: a document of a few stray bytes may be long."""
+    good = write_file(tmp_path / "good.txt", b"\n".join(lines_with_bad(20, b"\xfc", b"\xfc")))
+    assert len(list(read_documents([good]))) == 20
+    bad = write_file(tmp_path / "bad.txt", b"\n".join(lines_with_bad(9, b"\xfc", b"\xfc")))
     with pytest.raises(
-        UserError, match=r"bad\.txt line 1 is not UTF-8, as 2 of 199 documents: .*iconv"
+        UserError, match=r"bad\.txt line 1 is not UTF-8, as 2 characters in 87 bytes of the file"
     ):
         list(read_documents([bad]))
 

@@ -23,7 +23,7 @@ from kantai.preprocessing.lines import Report
 from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
-from tests.helpers.files import read
+from tests.helpers.files import read_documents, write_file
 
 ENGLISH = (
     "“It’s the law,” he said – and that was that. The moral law within me… isn’t it strange?\n"
@@ -54,7 +54,7 @@ def test_stray_byte_in_one_of_forty_books_is_repaired_and_counted(
     path = tmp_path / "17.txt"
     path.write_bytes(path.read_bytes().replace(b"sentence", b"sent\xe9nce", 1))
     report = Report()
-    texts = list(read([tmp_path], unit, report=report))  # type: ignore[arg-type]
+    texts = list(read_documents([tmp_path], unit, report=report))  # type: ignore[arg-type]
     assert sum(text.count("\ufffd") for text in texts) == report.invalid_utf8 == 1
     assert report.first["invalid_utf8"] == f"{path} line 1"
 
@@ -69,7 +69,7 @@ def test_one_file_of_another_encoding_among_fifty_is_refused(
     text = SAMPLES["GB18030"] if encoding == "gb18030" else ENGLISH
     path = write_file(tmp_path / "17.txt", (text * 20).encode(encoding))
     with pytest.raises(UserError, match=f"^{path} line 1 .*iconv -f [^ ]+ -t UTF-8 {path} > NEW"):
-        list(read([tmp_path], unit))  # type: ignore[arg-type]
+        list(read_documents([tmp_path], unit))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("encoding", SAMPLES)
@@ -77,7 +77,7 @@ def test_advice_names_the_encoding_and_gives_the_text_back(tmp_path: Path, encod
     text = SAMPLES[encoding] * 20
     path = write_file(tmp_path / "a file.txt", text.encode(encoding))
     with pytest.raises(UserError, match="it seems to be") as error:
-        list(read([path]))
+        list(read_documents([path]))
     command = str(error.value).partition("as with ")[2].removesuffix(" > NEW")
     converted = subprocess.run(command, shell=True, capture_output=True, check=True).stdout
     assert converted.decode() == text
@@ -90,7 +90,7 @@ def test_byte_order_mark_of_another_encoding_is_named(tmp_path: Path, encoding: 
     for suffix, text in ((".txt", "one\n"), (".jsonl", '{"text": "one"}\n'), (".csv", "text\na\n")):
         path = write_file(tmp_path / f"a{suffix}", mark + text.encode(encoding))
         with pytest.raises(UserError, match=rf"{path} line 1 is not UTF-8, but {name} .*iconv"):
-            list(read([path]))
+            list(read_documents([path]))
 
 
 def test_spoiled_file_of_every_format_is_refused_with_advice(tmp_path: Path) -> None:
@@ -108,15 +108,15 @@ def test_spoiled_file_of_every_format_is_refused_with_advice(tmp_path: Path) -> 
         ("d.parquet", r"record 1 .*write it again from text that was decoded as ENCODING"),
     ):
         with pytest.raises(UserError, match=rf"{name} {advice}"):
-            list(read([tmp_path / name]))
+            list(read_documents([tmp_path / name]))
 
 
 def test_few_spoiled_characters_beside_many_valid_ones_are_repaired(tmp_path: Path) -> None:
     path = write_file(tmp_path / "a.txt", GERMAN.encode() * 900 + GERMAN.encode("cp1252") * 100)
-    assert len(list(read([path]))) == 1000
+    assert len(list(read_documents([path]))) == 1000
     path = write_file(tmp_path / "b.txt", b"plain text\n" * 9000 + GERMAN.encode("cp1252") * 5)
     with pytest.raises(UserError, match="is not UTF-8"):
-        list(read([path]))
+        list(read_documents([path]))
 
 
 @settings(max_examples=100)
@@ -204,4 +204,4 @@ def test_records_that_cannot_be_parsed_for_their_encoding_are_refused_for_it(
     begin = "text\n" if name == "a.csv" else ""
     path = write_file(tmp_path / name, (begin + record * 50).encode(encoding))
     with pytest.raises(UserError, match=f"it seems to be {encoding}: convert it first"):
-        list(read([path]))
+        list(read_documents([path]))

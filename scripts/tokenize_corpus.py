@@ -26,7 +26,7 @@ def main() -> None:
     if is_part != (arguments.parts is not None) or (arguments.merge and is_part):
         raise UserError("give --part and --parts together, and --merge without them")
     job = Job(
-        pieces(find_files(arguments.input), arguments.document),
+        pieces(find_files(arguments.input, arguments.format), arguments.document),
         arguments.document,
         arguments.text_field,
         arguments.tokenizer,
@@ -34,6 +34,7 @@ def main() -> None:
         source={"input": arguments.input, "document": arguments.document},
         held_out_share=arguments.held_out,
         unique=arguments.unique,
+        on_error=arguments.on_error,
     )
     if is_part:
         tokenize(job, part=arguments.part, parts=arguments.parts, processes=arguments.processes)

@@ -28,9 +28,14 @@ def main() -> None:
     arguments = parse_arguments()
     check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
     report = Report()
-    read = partial(documents, unit=arguments.document, text_field=arguments.text_field)
+    read = partial(
+        documents,
+        unit=arguments.document,
+        text_field=arguments.text_field,
+        on_error=arguments.on_error,
+    )
     with staged(arguments.output, kind="tokenizer") as folder:
-        files = find_files(arguments.input)
+        files = find_files(arguments.input, arguments.format)
         sample, rest = draw_samples(
             files,
             int(arguments.sample_bytes),

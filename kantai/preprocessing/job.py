@@ -13,6 +13,7 @@ from kantai.data.shards import SPLITS
 from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.preprocessing.documents import Unit
 from kantai.preprocessing.files import Piece
+from kantai.preprocessing.records import OnError
 from kantai.storage.atomic import digest
 
 TRAIN, HELD_OUT = SPLITS
@@ -27,22 +28,24 @@ class Job:
     Attributes:
         pieces: the input.
         unit: what one document is; None: lines of text, records of the rest.
-        text_field: the field of a record that holds its text.
+        text_field: the field of a record that holds its text, or several.
         tokenizer: the tokenizer's folder.
         output: the folder to publish.
         source: a note on the input, for the manifest.
         held_out_share: share of the documents that goes to the held-out split.
         unique: whether to deduplicate: keep only the first of the documents with the same text.
+        on_error: whether a bad record is refused, or left out and counted.
     """
 
     pieces: list[Piece]
     unit: Unit | None
-    text_field: str
+    text_field: str | list[str]
     tokenizer: Path
     output: Path
     source: dict[str, Any]
     held_out_share: float = 0.01
     unique: bool = False
+    on_error: OnError = "fail"
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -60,8 +63,15 @@ class Job:
             (span.file.path, span.file.size, span.file.version, span.start, span.stop)
             for span in self.pieces[number]
         ]
-        settings = (self.unit, self.text_field, self.vocabulary.fingerprint, self.held_out_share)
-        return digest([_FORMAT, spans, *settings, self.unique])
+        names = self.text_field
+        text_field = names if isinstance(names, str) or len(names) > 1 else names[0]
+        settings = (self.unit, text_field, self.vocabulary.fingerprint, self.held_out_share)
+        # Only what differs from the default is added: pieces of before 0.3 keep their keys.
+        stated = sorted({span.file.format for span in self.pieces[number]} - {""})
+        added = [f"format {name}" for name in stated]
+        if self.on_error != "fail":
+            added.append(f"on_error {self.on_error}")
+        return digest([_FORMAT, spans, *settings, self.unique, *added])
 
     def record_path(self, number: int) -> Path:
         """Return the path of a piece's record: its key, shards and report."""

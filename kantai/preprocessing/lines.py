@@ -30,7 +30,8 @@ class Report:
         nul: documents with NUL characters.
         byte_order_marks: files that began with a byte-order mark.
         windows_line_ends: lines that ended in ``\\r\\n``.
-        first: the place where each of the last six was first met, by its name.
+        skipped_records: bad records that were left out by choice.
+        first: the place where each of the last seven was first met, by its name.
     """
 
     documents: int = 0
@@ -42,6 +43,7 @@ class Report:
     nul: int = 0
     byte_order_marks: int = 0
     windows_line_ends: int = 0
+    skipped_records: int = 0
     first: dict[str, str] = field(default_factory=dict)
 
     def merge(self, following: "Report") -> None:
@@ -68,6 +70,7 @@ class Report:
             "empty_files": "{} files are empty",
             "invalid_utf8": "{} documents had bytes that are not UTF-8, replaced by U+FFFD",
             "nul": "{} documents had NUL characters, replaced by U+FFFD",
+            "skipped_records": "{} bad records were skipped",
         }
         return [
             f"{sentence.format(f'{getattr(self, name):,}')} (first: {self.first[name]})"
@@ -116,6 +119,14 @@ def check_length(length: int, place: str) -> None:
     """Refuse a document longer than 256 MiB."""
     if length > MAX_DOCUMENT_BYTES:
         raise UserError(f"{place}: a document longer than 256 MiB; is it text? break it into lines")
+
+
+def unreadable(path: str, position: int, error: Exception) -> UserError:
+    """Return the error for a file that cannot be read to its end."""
+    return UserError(
+        f"{path} cannot be read beyond byte {position} of its text, "
+        f"it is damaged, cut off or out of reach: {error}"
+    )
 
 
 def repaired(text: str | bytes) -> tuple[str, tuple[str, ...]]:
@@ -271,10 +282,7 @@ def _chunks(content: BinaryIO, path: str, position: int, stop: int | None) -> It
         try:
             chunk = content.read(size)
         except Exception as error:  # each decompressor, file system and network raises its own
-            raise UserError(
-                f"{path} cannot be read beyond byte {position} of its text, "
-                f"it is damaged, cut off or out of reach: {error}"
-            ) from None
+            raise unreadable(path, position, error) from None
         if not chunk:
             return
         yield chunk

@@ -102,7 +102,8 @@ class _PieceWriter:
     def tokenize(self, show_progress: Callable[[int], Any]) -> None:
         """Write the shards, and last the record; pass on the bytes of text after each batch."""
         job = self._job
-        texts = documents(job.pieces[self._number], job.unit, job.text_field, self._report)
+        piece = job.pieces[self._number]
+        texts = documents(piece, job.unit, job.text_field, self._report, job.on_error)
         for batch in _batched(texts):
             show_progress(self._tokenize_batch(batch))
         shards = {split: self._shards[split].finish() for split in SPLITS}
@@ -148,7 +149,7 @@ class _PieceWriter:
 def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:
     processes = max(1, min(max_processes, len(numbers)))
     spans = [span for number in numbers for span in job.pieces[number]]
-    if any(span.file.suffixes[1] for span in spans):
+    if any(span.file.is_compressed for span in spans):
         total = None  # nobody knows how much text is in compressed files
     else:
         total = sum(span.stop - span.start for span in spans)

@@ -31,11 +31,11 @@ def texts(*inputs: str) -> list[str]:
 
 
 def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "a/.DS_Store"):
+    for name in ("b.txt", "a/z.txt", "a/b/c.text", ".hidden.txt", ".git/config", "a/.DS_Store"):
         written(tmp_path / "corpus" / name, "x")
     found = find_files([str(tmp_path / "corpus")])
     assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == [
-        "a/b/c.jsonl",
+        "a/b/c.text",
         "a/z.txt",
         "b.txt",
     ]
@@ -177,7 +177,7 @@ def test_urls_of_files_directories_and_globs(memory: fsspec.AbstractFileSystem) 
     memory.pipe(
         {
             "/corpus/b/a.txt": b"one\n",
-            "/corpus/a.jsonl": b'{"text": "two"}\n',
+            "/corpus/a.text": b"two\n",
             "/corpus/.hidden/x.txt": b"x\n",
         }
     )

@@ -101,7 +101,7 @@ def documents(
     Raises:
         UserError: a file cannot be read to its end, has another format than its name says, or lacks
             the field; a document is longer than 256 MiB; more than one document in a hundred of the
-            piece had to be repaired.
+            piece had to be repaired; all of its records are bad.
     """
     read = Report()
     text_fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
@@ -118,6 +118,11 @@ def documents(
                 read.empty += len(texts) - len(kept)
                 read.characters += sum(map(len, kept))
                 yield from kept
+        if read.skipped_records and not read.documents + read.empty:
+            # The options are more likely to be wrong than each of so many records.
+            raise UserError(
+                f"all {read.skipped_records:,} records of a piece are bad: {options.first_error}"
+            )
         if read.replaced > _MAX_REPAIRED * read.documents:
             raise UserError(_wrong_encoding(read))
     finally:
@@ -292,15 +297,15 @@ def _skip_partial_paragraph(lines: Iterator[tuple[str, Block, int]]) -> bool:
 
 
 def _whole_file(span: Span, report: Report) -> Iterator[list[str]]:
-    lines: list[str] = []
+    parts: list[str] = []  # of many lines, as empty ones would take nine bytes each
     defects: dict[str, str] = {}
     for block in _blocks(span, report):
         check_length(block.offset + len(block.raw), span.file.path)
-        lines += block.lines
+        parts.append("\n".join(block.lines))
         for index in block.defects:
             defects = block.defects_at(index) | defects
     report.count_repaired(defects)
-    yield ["\n".join(lines)]
+    yield ["\n".join(parts)]
 
 
 def _json_lines(options: RecordOptions, span: Span, report: Report) -> Iterator[list[str]]:

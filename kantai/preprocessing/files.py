@@ -33,6 +33,7 @@ _PIECES = 64  # in a corpus of 256 MiB to 8 GiB: enough for the cores of a machi
 _MIN_PIECE_BYTES = 4 * MIB
 _MAX_PIECE_BYTES = 128 * MIB
 _BUFFER_BYTES = MIB
+_BACKWARDS = (".parquet", ".zip")  # are read back to front, which needs a file that seeks
 # The keys under which file systems state a file's version, the most reliable first.
 _VERSION_KEYS = (
     "ETag",
@@ -235,14 +236,15 @@ def open_file(file: File, start: int = 0) -> Iterator[BinaryIO]:
     if start:
         _check_beginning(file)
     with _open(file, start) as stored:
-        if format_suffix in (".parquet", *formats.ARCHIVES):  # their readers see what is no such
+        if start or format_suffix in _BACKWARDS:  # their readers see what is no such file
             with decompressed(stored, compression) as content:
                 yield content
             return
-        if start:
-            yield stored
-            return
         buffered = _buffered(stored)
+        if format_suffix == ".tar":
+            with decompressed(buffered, compression) as content:
+                yield content
+            return
         if compression:
             formats.check_stored(file.path, _head(file, buffered), compression)
         with decompressed(buffered, compression) as content:
@@ -250,8 +252,30 @@ def open_file(file: File, start: int = 0) -> Iterator[BinaryIO]:
             yield content
 
 
+class _ForwardReader(io.RawIOBase):
+    """A remote file that is not asked again once its end was read; aiohttp warns of that."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+        self._ended = False
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to ``len(buffer)`` bytes."""
+        data = b"" if self._ended else self._stored.read(len(buffer))
+        self._ended = not data
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def _buffered(stored: Any) -> Any:
-    return stored if hasattr(stored, "peek") else io.BufferedReader(stored, _BUFFER_BYTES)
+    """Return a file that shows its first bytes and lets them be read again."""
+    if hasattr(stored, "peek"):
+        return stored
+    return io.BufferedReader(_ForwardReader(stored), _BUFFER_BYTES)
 
 
 def _head(file: File, content: Any) -> bytes:
@@ -278,6 +302,7 @@ def seekable(content: BinaryIO) -> Iterator[BinaryIO]:
         return
     with tempfile.TemporaryFile() as copy:
         shutil.copyfileobj(content, copy, _BUFFER_BYTES)
+        copy.seek(0)
         yield cast(BinaryIO, copy)
 
 
@@ -440,8 +465,9 @@ def _open(file: File, start: int) -> Any:
         return stored
     file_system, path = _file_system(file.path)
     try:
-        # Parquet and zip are read back to front, which needs a file that seeks.
-        if file.path.startswith("http") and file.suffixes[0] not in (".parquet", ".zip"):
+        if file.path.startswith("http"):
+            if file.suffixes[0] in _BACKWARDS:
+                return _open_http_seekable(file_system, path)
             return _open_http(file_system, path, start)
         stored = file_system.open(path, "rb")
         stored.seek(start)
@@ -467,6 +493,22 @@ def _open_http(file_system: Any, path: str, start: int) -> Any:
             break
         start -= dropped
     return stored
+
+
+def _open_http_seekable(file_system: Any, path: str) -> Any:
+    stored = file_system.open(path, "rb")
+    try:
+        stored.seek(1)
+        stored.read(1)
+        stored.seek(0)
+        return stored
+    except ValueError:  # the server can only send the whole file
+        stored.close()
+    copy = tempfile.TemporaryFile()
+    with file_system.open(path, "rb", block_size=0) as stored:
+        shutil.copyfileobj(stored, copy, _BUFFER_BYTES)
+    copy.seek(0)
+    return copy
 
 
 def _hub_parts(path: str) -> tuple[str, str, str]:

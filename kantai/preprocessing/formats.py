@@ -125,9 +125,12 @@ def format_argument(text: str) -> str:
 
 
 def kind(format_suffix: str) -> str:
-    """Return ``archive``, ``records`` or ``text``, which is every format without a name."""
-    if format_suffix in ARCHIVES:
-        return "archive"
+    """Return ``records``, ``text`` (every format without a name) or, where it is open, ``other``.
+
+    Archives may hold either. Arrow files are refused when they are opened, with better advice.
+    """
+    if format_suffix in (*ARCHIVES, ".arrow"):
+        return "other"
     return "records" if format_suffix in RECORDS else "text"
 
 
@@ -140,7 +143,7 @@ def is_hidden(path: str) -> bool:
 
 def check_one_kind(name: str, paths: list[str], formats: list[str]) -> None:
     """Refuse text among records, or records among text, in one directory, glob or archive."""
-    of_kind: dict[str, list[str]] = {"records": [], "text": [], "archive": []}
+    of_kind: dict[str, list[str]] = {"records": [], "text": [], "other": []}
     for path, format_suffix in zip(paths, formats, strict=True):
         of_kind[kind(format_suffix)].append(path)
     records = of_kind["records"]

@@ -66,7 +66,7 @@ class Job:
         names = self.text_field
         text_field = names if isinstance(names, str) or len(names) > 1 else names[0]
         settings = (self.unit, text_field, self.vocabulary.fingerprint, self.held_out_share)
-        # Only what differs from the default is added: pieces of before 0.3 keep their keys.
+        # Only what differs from the default is added: pieces of earlier releases keep their keys.
         stated = sorted({span.file.format for span in self.pieces[number]} - {""})
         added = [f"format {name}" for name in stated]
         if self.on_error != "fail":

@@ -18,17 +18,19 @@ _MAX_VALUES = 1 << 23
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
 
 
-@dataclass(frozen=True)
+@dataclass
 class RecordOptions:
     """How the text of a record is found.
 
     Attributes:
         text_fields: the fields that hold it, joined by a blank line; ``a.b`` is field b of field a.
         on_error: whether to refuse a bad record, or to leave it out and count it.
+        first_error: what was wrong with the first one that was left out, and where.
     """
 
     text_fields: tuple[str, ...]
     on_error: OnError = "fail"
+    first_error: str = ""
 
     def refuse(self, report: Report, place: str, what: str) -> None:
         """Refuse or count a bad record.
@@ -39,6 +41,7 @@ class RecordOptions:
         """
         if self.on_error == "fail":
             raise UserError(f"{place} {what}")
+        self.first_error = self.first_error or f"{place} {what}"
         report.count("skipped_records", place)
 
 

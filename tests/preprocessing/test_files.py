@@ -8,7 +8,9 @@ import http.server
 import json
 import lzma
 import os
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -349,3 +351,16 @@ def test_opening_in_the_middle(tmp_path: Path, memory: fsspec.AbstractFileSystem
     for name in (str(written(tmp_path / "a.txt", "0123456789")), "memory://a.txt"):
         with open_file(find_files([name])[0], 4) as content:
             assert content.read() == b"456789"
+
+
+def test_http_server_without_parts_sends_archives_and_parquet(tmp_path: Path, web: str) -> None:
+    lines = [f"line {number}" for number in range(20_000)]
+    folder = tmp_path / "web"
+    written(folder / "b.txt", "\n".join(lines))
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.write(folder / "b.txt", "b.txt")
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as archive_of_tar:
+        archive_of_tar.add(folder / "b.txt", "b.txt")
+    pq.write_table(pa.table({"text": lines}), folder / "a.parquet", row_group_size=5000)
+    for name in ("a.zip", "a.tar.gz", "a.parquet"):
+        assert texts(f"{web}/{name}") == lines, name

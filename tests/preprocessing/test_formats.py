@@ -614,3 +614,17 @@ def test_fields_of_a_csv_record_are_bounded_together(
     path = written(tmp_path / "a.csv", f"id,text\n1,a\n{field},{field}\n")
     with pytest.raises(UserError, match="a document longer than 256 MiB"):
         texts(path)
+
+
+def test_folder_of_datasets_is_told_how_it_is_read(tmp_path: Path) -> None:
+    written(tmp_path / "saved" / "data-00000-of-00001.arrow", arrow(stream=True))
+    written(tmp_path / "saved" / "state.json", "{}")
+    with pytest.raises(UserError, match=r"\.arrow is an Arrow stream: .* --input hub:FOLDER"):
+        texts(tmp_path / "saved")
+    assert texts(f"hub:{tmp_path / 'saved'}") == ["one"]
+
+
+def test_nothing_but_bad_records_is_refused_when_they_are_skipped(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", RECORDS)
+    with pytest.raises(UserError, match=r"all 2 records .* line 1 has no text in its field 'body'"):
+        texts(path, text_field="body", on_error="skip")

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -189,8 +190,12 @@ def _with_members(piece: Piece) -> Iterator[Span]:
     """Yield spans, with the files in archives in the place of these."""
     for span in piece:
         if span.file.size and span.file.suffixes[0] in formats.ARCHIVES:
+            is_empty = True
             for member in members(span.file):
+                is_empty = False
                 yield Span(member, 0, member.size)
+            if is_empty:
+                yield Span(replace(span.file, size=0), 0, 0)  # which is counted
         else:
             yield span
 

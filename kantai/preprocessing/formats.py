@@ -34,7 +34,7 @@ _SHORT = {
 }
 
 _COMPRESSED_ADVICE = "let its name end in {0}, or say so by --format, as in --format text{0}"
-_ARCHIVE_ADVICE = "let its name end in {0}, or give --format {0}"
+_ARCHIVE_ADVICE = "let its name end in {0}, or give --format {1}"
 _CONVERT = "convert it to text, .jsonl or .parquet first"
 _EXTRACT = "extract its text first"
 _READ_BY_HUB = "give its folder as --input hub:FOLDER, or convert it to .parquet"
@@ -198,8 +198,7 @@ def _signature(head: bytes) -> tuple[str, str, str] | None:
 
 
 def _refusal(path: str, name: str, suffix: str, advice: str) -> str:
-    form = suffix if advice is _COMPRESSED_ADVICE else suffix.removeprefix(".")
-    return f"{path} is {name}: {advice.format(form)}"
+    return f"{path} is {name}: {advice.format(suffix, suffix.removeprefix('.'))}"
 
 
 def _structured(path: str, name: str, flag: str) -> str:

@@ -92,7 +92,10 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
         (bz2.compress(b""), "bzip2-compressed"),
         (COMPRESSORS["zst"](b"x\n"), "zstd-compressed"),
         (COMPRESSORS["lz4"](b"x\n"), "lz4-compressed"),
-        (tar({"a.txt": b"prose\n"}), r"a tar archive: let its name end in tar, or .* --format tar"),
+        (
+            tar({"a.txt": b"prose\n"}),
+            r"a tar archive: let its name end in \.tar, or .* --format tar",
+        ),
         (zipped({"a.txt": b"prose\n"}), "a zip archive: .* --format zip"),
         (zipped({"[Content_Types].xml": b"<?xml"}), "an office document or e-book"),
         (zipped({"mimetype": b"application/epub+zip"}), "an office document or e-book"),
@@ -628,3 +631,20 @@ def test_nothing_but_bad_records_is_refused_when_they_are_skipped(tmp_path: Path
     path = written(tmp_path / "a.jsonl", RECORDS)
     with pytest.raises(UserError, match=r"all 2 records .* line 1 has no text in its field 'body'"):
         texts(path, text_field="body", on_error="skip")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "zip"])
+def test_archive_without_files_is_counted_as_empty(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path / f"a.{suffix}", ARCHIVES[suffix]({".hidden": b"x"}))
+    report = Report()
+    assert texts(path, report=report) == []
+    assert report.first["empty_files"] == str(path)
+
+
+def test_links_in_archives_are_left_out(tmp_path: Path) -> None:
+    written(tmp_path / "d" / "a.txt", "one\n")
+    (tmp_path / "d" / "b.txt").symlink_to("a.txt")
+    (tmp_path / "d" / "c.txt").hardlink_to(tmp_path / "d" / "a.txt")
+    (tmp_path / "d" / "secret.txt").symlink_to("/etc/passwd")
+    subprocess.run(["tar", "-cf", tmp_path / "a.tar", "-C", tmp_path, "./d"], check=True)
+    assert texts(tmp_path / "a.tar") == ["one"]

@@ -13,7 +13,7 @@ from kantai.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer
 from kantai.errors import UserError, run_command
 from kantai.preprocessing.documents import (
     add_corpus_arguments,
-    documents,
+    corpus_reader,
     splittable,
     with_progress_bar,
 )
@@ -28,12 +28,7 @@ def main() -> None:
     arguments = parse_arguments()
     check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes)
     report = Report()
-    read = partial(
-        documents,
-        unit=arguments.document,
-        text_field=arguments.text_field,
-        on_error=arguments.on_error,
-    )
+    read = corpus_reader(arguments)
     with staged(arguments.output, kind="tokenizer") as folder:
         files = find_files(arguments.input, arguments.format)
         sample, rest = draw_samples(

@@ -168,6 +168,16 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def corpus_reader(arguments: argparse.Namespace) -> Callable[..., Iterator[str]]:
+    """Return :func:`documents` with what the arguments say."""
+    return partial(
+        documents,
+        unit=arguments.document,
+        text_field=arguments.text_field,
+        on_error=arguments.on_error,
+    )
+
+
 def with_progress_bar(texts: Iterable[str], total: int, description: str) -> Iterator[str]:
     """Pass texts on, and on a terminal show how many of about ``total`` characters are done."""
     with tqdm(

@@ -11,7 +11,7 @@ from kantai.preprocessing.records import joined, no_text
 # Records are read in batches of at most this many texts, and given out by this many bytes.
 BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 22
-_EXPANDED_BYTES = 1 << 28  # of a batch whose texts share stored bytes
+_EXPANDED_BYTES = 1 << 26  # of a batch whose texts share stored bytes
 _MAX_CHUNK_BYTES = 1 << 30  # of a column chunk that was compressed more than any text is
 _MAX_RATIO = 1000
 

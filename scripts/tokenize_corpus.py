@@ -44,12 +44,12 @@ def main() -> None:
 def make_job(arguments: argparse.Namespace) -> Job:
     refuse_url(arguments.output)  # before a search for files
     source = {"input": arguments.input, "document": arguments.document}
-    files = find_files(arguments.input)
+    files = find_files(arguments.input, arguments.format)
     held_out_files: list[File] = []
     if arguments.held_out_input:
         if arguments.held_out is not None:
             raise UserError("give either --held_out or --held_out_input")
-        held_out_files = find_held_out_files(arguments.held_out_input, files)
+        held_out_files = find_held_out_files(arguments, files)
         source["held_out_input"] = arguments.held_out_input
     return Job(
         pieces(files, arguments.document),
@@ -61,12 +61,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
         held_out_share=HELD_OUT_SHARE if arguments.held_out is None else arguments.held_out,
         unique=arguments.unique,
         held_out_pieces=pieces(held_out_files, arguments.document),
+        on_error=arguments.on_error,
     )
 
 
-def find_held_out_files(inputs: list[str], train_files: list[File]) -> list[File]:
+def find_held_out_files(arguments: argparse.Namespace, train_files: list[File]) -> list[File]:
     """Find the files of the user's own held-out split; none may be trained on."""
-    files = find_files(inputs)
+    files = find_files(arguments.held_out_input, arguments.format)
     in_both = {os.path.realpath(file.path) for file in train_files}
     for file in files:
         if os.path.realpath(file.path) in in_both:

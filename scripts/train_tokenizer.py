@@ -13,7 +13,7 @@ from kantai.errors import run_command
 from kantai.output import redact_all
 from kantai.preprocessing.documents import (
     add_corpus_arguments,
-    documents,
+    corpus_reader,
     splittable,
     with_progress_bar,
 )
@@ -37,9 +37,9 @@ def main() -> None:
     own = arguments.special_tokens
     check_settings(arguments.vocab_size, arguments.min_frequency, arguments.sample_bytes, own)
     report = Report()
-    read = partial(documents, unit=arguments.document, text_field=arguments.text_field)
+    read = corpus_reader(arguments)
     with staged(arguments.output, kind="tokenizer") as folder:
-        files = find_files(arguments.input)
+        files = find_files(arguments.input, arguments.format)
         can_split = partial(splittable, unit=arguments.document)
         sample, rest = draw_samples(
             files, int(arguments.sample_bytes), arguments.seed, read, splittable=can_split

@@ -1,4 +1,4 @@
-r"""Read documents from text, JSON lines, CSV, Parquet and data sets of the Hub.
+r"""Read documents from text, JSON lines, CSV, TSV, Parquet, archives and data sets of the Hub.
 
 A document is a line, a paragraph, a file or a record. Defects are repaired and counted in a
 :class:`Report`; nothing is lost silently. Bytes that are not UTF-8, halves of surrogate pairs and
@@ -8,24 +8,20 @@ are dropped, and lines end in ``\n`` or ``\r\n`` alone.
 """
 
 import argparse
-import csv
-import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
 from kantai.errors import UserError
 from kantai.output import redact
-from kantai.preprocessing.encodings import (
-    Tally,
-    refuse_foreign,
-    refuse_foreign_beginning,
-    tally,
-)
+from kantai.preprocessing import formats, parquet
+from kantai.preprocessing.archives import members
+from kantai.preprocessing.csv_rows import CsvRows
+from kantai.preprocessing.encodings import Tally, refuse_foreign, refuse_foreign_beginning
 from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
 from kantai.preprocessing.lines import (
     MAX_DOCUMENT_BYTES,
@@ -35,12 +31,19 @@ from kantai.preprocessing.lines import (
     read_lines,
     repaired,
 )
+from kantai.preprocessing.records import (
+    MISSING,
+    ON_ERROR,
+    OnError,
+    RecordOptions,
+    joined,
+    json_record,
+    no_text,
+    value_in,
+)
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-# Records are read in batches of at most this many texts, and given out by this many bytes.
-_BATCH_RECORDS = 64
-_BATCH_BYTES = 1 << 22
 
 
 def pieces(
@@ -62,10 +65,10 @@ def splittable(file: File, unit: Unit | None) -> bool:
 
     Uncompressed text and JSON lines are split at their lines, Parquet at its row groups. CSV is
     not: a quoted field may hold line ends, so only a reader that starts at the beginning of the
-    file knows where a record begins.
+    file knows where a record begins. Archives are not split either.
     """
     format_suffix, compression = file.suffixes
-    return not compression and format_suffix != ".csv" and unit != "file"
+    return not compression and format_suffix not in _WHOLE and unit != "file"
 
 
 def has_paragraphs(file: File) -> bool:
@@ -85,7 +88,11 @@ def has_paragraphs(file: File) -> bool:
 
 
 def documents(
-    piece: Piece, unit: Unit | None = None, text_field: str = "text", report: Report | None = None
+    piece: Piece,
+    unit: Unit | None = None,
+    text_field: str | Sequence[str] = "text",
+    report: Report | None = None,
+    on_error: OnError = "fail",
 ) -> Iterator[str]:
     """Yield the documents of a piece in order.
 
@@ -94,29 +101,36 @@ def documents(
     divided at the first blank line that begins at or after the cut.
 
     Args:
-        piece: spans of ``.jsonl``, ``.ndjson`` and ``.json`` files (one record a line), ``.csv``
-            files (with a header line), ``.parquet`` files and data sets of the Hub, which all hold
-            records. Every other file is text. ``.gz``, ``.xz`` and ``.zst`` are decompressed.
+        piece: spans of ``.jsonl``, ``.ndjson``, ``.json``, ``.jsonlines`` and ``.jl`` files (one
+            record a line), ``.csv`` and ``.tsv`` files (with a header line), ``.parquet`` files and
+            data sets of the Hub, which all hold records. Every other file is text. ``.gz``,
+            ``.xz``, ``.zst``, ``.bz2`` and ``.lz4`` are decompressed. ``.tar`` and ``.zip`` files
+            stand for the files in them.
         unit: what one document is: a ``line``; a ``paragraph``, ended by a blank line, with its
             lines joined by a space, since their wrapping has no meaning; a whole ``file``; a
             ``record``. Default: lines of text, records of the others.
-        text_field: the field or column of a record that holds its text; null is an empty document.
+        text_field: the field or column of a record that holds its text, or several, joined by a
+            blank line; ``a.b`` is field b of field a. Null is an empty document.
         report: receives the counts of what was read when the iteration ends.
+        on_error: ``skip`` leaves out and counts records that are no JSON, do not fit the header, or
+            lack the field.
 
     Raises:
         UserError: a file cannot be read to its end, has another format than its name says, or lacks
-            the field; a document is longer than 256 MiB; a file that the piece holds whole, or the
-            beginning of a large one, has another encoding than UTF-8. Whoever reads a file in
-            parts judges it by the sum of the report's tallies.
+            the field; a document is longer than 256 MiB; all records of the piece are bad; a file
+            that the piece holds whole, or the beginning of a large one, has another encoding than
+            UTF-8. Whoever reads a file in parts judges it by the sum of the report's tallies.
     """
     read = Report()
+    text_fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
+    options = RecordOptions(text_fields, on_error)
     try:
-        for span in piece:
+        for span in _with_members(piece):
             _check_unit(span.file, unit)
             if not span.file.size:
                 read.count("empty_files", span.file.path)
                 continue
-            for texts in _named_encoding(span, _reader(span, unit, text_field)(span, read), read):
+            for texts in _named_encoding(span, _reader(span, unit, options)(span, read), read):
                 kept = [text for text in texts if text and not text.isspace()]
                 read.documents += len(kept)
                 read.empty += len(texts) - len(kept)
@@ -125,6 +139,11 @@ def documents(
             if (span.start, span.stop) == (0, span.file.size):
                 found = read.tallies.pop(redact(span.file.path), Tally())
                 refuse_foreign(span.file, found)
+        if read.skipped_records and not read.documents + read.empty:
+            # The options are more likely to be wrong than each of so many records.
+            raise UserError(
+                f"all {read.skipped_records:,} records of a piece are bad: {options.first_error}"
+            )
     finally:
         if report is not None:
             report.merge(read)
@@ -147,8 +166,15 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         required=True,
-        help="text, .jsonl (.json, .ndjson), .csv or .parquet files (also .gz, .xz, .zst), "
-        "directories, quoted globs, URLs (s3://...), or hub:NAME[:CONFIG[:SPLIT]]",
+        help="text, .jsonl (.json, .ndjson, .jl), .csv, .tsv or .parquet files (also .gz, .xz, "
+        ".zst, .bz2, .lz4, and in .tar or .zip), directories, quoted globs, URLs (s3://...), or "
+        "hub:NAME[:CONFIG[:SPLIT]]",
+    )
+    parser.add_argument(
+        "--format",
+        type=formats.format_argument,
+        help="what the files are, whatever they are called: "
+        f"{', '.join(formats.FORMATS)}, or one with its compression, as jsonl.gz",
     )
     parser.add_argument(
         "--document",
@@ -156,7 +182,28 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         help="unit of text that becomes one document (default: line for text, record for the rest)",
     )
     parser.add_argument(
-        "--text_field", default="text", help="field of a record that holds its text (default text)"
+        "--text_field",
+        nargs="+",
+        default=["text"],
+        help="field of a record that holds its text (default text); a.b is field b of field a; "
+        "the texts of several fields are joined by a blank line",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=ON_ERROR,
+        default="fail",
+        help="what to do about a record that is no JSON, does not fit the header or has no such "
+        "field: fail, or skip it and count it (default fail)",
+    )
+
+
+def corpus_reader(arguments: argparse.Namespace) -> Callable[..., Iterator[str]]:
+    """Return :func:`documents` with what the arguments say."""
+    return partial(
+        documents,
+        unit=arguments.document,
+        text_field=arguments.text_field,
+        on_error=arguments.on_error,
     )
 
 
@@ -172,12 +219,26 @@ def with_progress_bar(texts: Iterable[str], total: int, description: str) -> Ite
 _Reader = Callable[[Span, Report], Iterator[Sequence[str]]]
 
 
-def _reader(span: Span, unit: Unit | None, text_field: str) -> _Reader:
+def _with_members(piece: Piece) -> Iterator[Span]:
+    """Yield spans, with the files in archives in the place of these."""
+    for span in piece:
+        if span.file.size and span.file.suffixes[0] in formats.ARCHIVES:
+            is_empty = True
+            for member in members(span.file):
+                is_empty = False
+                yield Span(member, 0, member.size)
+            if is_empty:
+                yield Span(replace(span.file, size=0), 0, 0)  # which is counted
+        else:
+            yield span
+
+
+def _reader(span: Span, unit: Unit | None, options: RecordOptions) -> _Reader:
     if span.file.path.startswith(HUB):
-        return partial(_hub_records, text_field)
+        return partial(_hub_records, options)
     format_suffix = span.file.suffixes[0]
     if format_suffix in _RECORD_READERS:
-        return partial(_RECORD_READERS[format_suffix], text_field)
+        return partial(_RECORD_READERS[format_suffix], options)
     return {"paragraph": _paragraphs, "file": _whole_file}.get(unit or "line", _lines)
 
 
@@ -186,6 +247,8 @@ def _has_records(file: File) -> bool:
 
 
 def _check_unit(file: File, unit: Unit | None) -> None:
+    if file.suffixes[0] in formats.ARCHIVES:
+        return  # the files in it are looked at when they are read
     has_records = _has_records(file)
     if unit is not None and has_records != (unit == "record"):
         units = "record" if has_records else "line, paragraph or file"
@@ -265,35 +328,41 @@ def _skip_partial_paragraph(lines: Iterator[tuple[str, Block, int]]) -> bool:
 
 
 def _whole_file(span: Span, report: Report) -> Iterator[list[str]]:
-    lines: list[str] = []
+    parts: list[str] = []  # of many lines, as empty ones would take nine bytes each
     defects: dict[str, str] = {}
     for block in _blocks(span, report):
         check_length(block.offset + len(block.raw), span.file.path)
-        lines += block.lines
+        parts.append("\n".join(block.lines))
         for index in block.defects:
             defects = block.defects_at(index) | defects
     report.count_repaired(defects)
-    yield ["\n".join(lines)]
+    yield ["\n".join(parts)]
 
 
-def _json_lines(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
+def _json_lines(options: RecordOptions, span: Span, report: Report) -> Iterator[list[str]]:
     for block in _blocks_inside(span, report):
-        yield [_json_text(block, index, text_field, report) for index in range(len(block.lines))]
+        texts = (_json_text(block, index, options, report) for index in range(len(block.lines)))
+        yield [text for text in texts if text is not None]
 
 
-def _json_text(block: Block, index: int, text_field: str, report: Report) -> str:
+def _json_text(block: Block, index: int, options: RecordOptions, report: Report) -> str | None:
+    """Return the text of a line, or None for a bad one that is skipped."""
     line = block.lines[index]
     if not line or line.isspace():
         return ""
     try:
-        record = json.loads(line)
+        record = json_record(line)
     except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(_NO_RECORD.format(block.place(index)))
-    text = record.get(text_field, 0)
-    if not isinstance(text, str | None):
-        raise UserError(_no_text(block.place(index), text_field))
+        options.refuse(report, block.place(index), _NO_RECORD)
+        return None
+    texts: list[str] = []
+    for name in options.text_fields:
+        value = value_in(record, name)
+        if value is MISSING or not isinstance(value, str | None):
+            options.refuse(report, block.place(index), no_text(name))
+            return None
+        texts.append(value or "")
+    text = joined(texts)
     defects = block.defects_at(index)
     if text and "\\u" in line:
         text, escaped = repaired(text)
@@ -303,153 +372,68 @@ def _json_text(block: Block, index: int, text_field: str, report: Report) -> str
             spoiled = Tally(0, 0, int("invalid_utf8" in escaped), int("nul" in escaped), place)
             report.add_tally(block.path, spoiled)
     report.count_repaired(defects)
-    return text or ""
+    return text
 
 
-def _csv_records(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+def _csv_records(options: RecordOptions, span: Span, report: Report) -> Iterator[list[str]]:
     defects: dict[str, str] = {}  # of the lines read since the last record
+    length = 0  # of these lines
 
     def lines() -> Iterator[str]:
+        nonlocal length
         for line, block, index in _each_line(_blocks(span, report)):
             defects.update(block.defects_at(index) | defects)
+            length += len(line)
+            check_length(length, block.place(index))
             yield line + "\n"
 
-    rows = csv.reader(lines(), strict=True)  # DictReader would drop blank rows silently
-    try:
-        names = next(rows, [])
-        for row in rows:
-            if text_field not in names:
-                raise UserError(_no_text(f"{span.file.path} record 1", text_field))
-            column = names.index(text_field)
+    is_tsv = span.file.suffixes[0] == ".tsv"
+    rows = CsvRows(lines(), span.file.path, options.text_fields, is_tsv=is_tsv)
+    columns: list[int] = []
+    for row in rows:
+        for name in options.text_fields[len(columns) :]:
+            if name not in rows.header:
+                raise UserError(f"{span.file.path} record 1 {no_text(name)}")
+            columns.append(rows.header.index(name))
+        misfit = rows.misfit(row)
+        if misfit:
+            options.refuse(report, row.place, misfit)
+        else:
             report.count_repaired(defects)
-            defects.clear()
-            yield row[column : column + 1] or [""]
-    except csv.Error as error:
-        raise UserError(f"{span.file.path} is not CSV: {error}") from None
+            yield [joined([row.values[column] for column in columns]) if row.values else ""]
+        defects.clear()
+        length = 0
 
 
-def _parquet_records(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
-    import pyarrow as pa  # imported here: it takes a second that text need not wait for
-    import pyarrow.parquet as pq
-
-    path = span.file.path
-    try:
-        # With a buffer, pyarrow reads a column by pages (Arrow writes pages of a MiB or 1,024
-        # records) and not whole.
-        with (
-            open_file(span.file) as content,
-            pq.ParquetFile(content, buffer_size=MIB, pre_buffer=False) as file,
-        ):
-            if text_field not in file.schema_arrow.names:
-                raise UserError(_no_text(f"{path} record 1", text_field))
-            number = 1
-            for index in range(file.metadata.num_row_groups):
-                group = file.metadata.row_group(index)
-                if span.start <= _first_byte(group) < span.stop:
-                    batches = file.iter_batches(
-                        _batch_records(group, text_field), [index], [text_field]
-                    )
-                    yield from _column_texts(
-                        batches, span.file, path, number, text_field=text_field, report=report
-                    )
-                number += group.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
-
-
-def _first_byte(group: Any) -> int:
-    """Return the offset of a row group in its Parquet file."""
-    column = group.column(0)
-    if column.has_dictionary_page:
-        return int(column.dictionary_page_offset)
-    return int(column.data_page_offset)
-
-
-def _batch_records(group: Any, text_field: str) -> int:
-    """Return how many records of a row group to read at once."""
-    columns = (group.column(index) for index in range(group.num_columns))
-    stored = sum(
-        column.total_uncompressed_size for column in columns if column.path_in_schema == text_field
-    )
-    records: int = _BATCH_BYTES * group.num_rows // max(1, stored)
-    return max(1, min(_BATCH_RECORDS, records))
-
-
-def _hub_records(text_field: str, span: Span, report: Report) -> Iterator[list[str]]:
+def _hub_records(options: RecordOptions, span: Span, report: Report) -> Iterator[list[str]]:
     path = f"{span.file.path} shard {span.start}"
     try:
         data = hub_dataset(span.file.path)
         data = data.shard(num_shards=span.file.size, index=span.start).with_format("arrow")
-        if text_field not in (data.column_names or [text_field]):
-            raise UserError(_no_text(f"{path} record 1", text_field))
-        batches = data.iter(batch_size=_BATCH_RECORDS)
-        yield from _column_texts(batches, span.file, path, 1, text_field=text_field, report=report)
+        batches = data.iter(batch_size=parquet.BATCH_RECORDS)
+        yield from parquet.column_texts(batches, span.file, path, 1, options.text_fields, report)
     except UserError:
         raise
     except Exception as error:  # from the library, the Hub or the network
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _column_texts(
-    batches: Iterable[Any], file: File, path: str, number: int, *, text_field: str, report: Report
-) -> Iterator[list[str]]:
-    """Yield the texts of Arrow batches or tables; ``number`` is that of the first record."""
-    for batch in batches:
-        if text_field not in batch.column_names or not _is_text(batch.column(text_field).type):
-            raise UserError(_no_text(f"{path} record {number}", text_field))
-        texts: list[str] = []
-        found = Tally()
-        size = 0
-        for value in batch.column(text_field):
-            place = f"{path} record {number}"
-            stored = _stored(value)
-            check_length(len(stored), place)
-            text, defects = repaired(stored)
-            report.count_repaired(dict.fromkeys(defects, place))
-            if defects:
-                found.add(dataclasses.replace(tally(stored, text), first=place))
-            else:
-                found.add(Tally(len(stored), len(stored) - len(text)))
-            texts.append(text)
-            number += 1
-            size += len(stored)
-            if size >= _BATCH_BYTES:
-                yield texts
-                texts = []
-                size = 0
-        report.add_tally(file.path, found)
-        yield texts
-
-
-def _is_text(arrow_type: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(arrow_type):
-        arrow_type = arrow_type.value_type
-    return arrow_type in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
-
-
-def _stored(value: Any) -> bytes:
-    """Return the bytes of an Arrow string, which its writer may not have checked to be UTF-8."""
-    if not value.is_valid:
-        return b""
-    value = getattr(value, "value", value)  # a dictionary-encoded string holds it inside
-    return bytes(value.as_buffer())
-
-
-def _no_text(place: str, text_field: str) -> str:
-    return f"{place} has no text in its field {text_field!r}: name the right one with --text_field"
+def _parquet_records(options: RecordOptions, span: Span, report: Report) -> Iterator[list[str]]:
+    return parquet.read_texts(span, options.text_fields, report)
 
 
 _RECORD_READERS = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_lines,
+    ".jsonlines": _json_lines,
+    ".jl": _json_lines,
     ".csv": _csv_records,
+    ".tsv": _csv_records,
     ".parquet": _parquet_records,
 }
+_WHOLE = (".csv", ".tsv", *formats.ARCHIVES)  # cannot be read from the middle
 _NO_RECORD = (
-    "{} is not JSON with a record a line: make a file of such lines by jq -c . or, "
+    "is not JSON with a record a line: make a file of such lines by jq -c . or, "
     "where it is one array, by jq -c '.[]'"
 )

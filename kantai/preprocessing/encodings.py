@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from kantai.errors import UserError
 from kantai.output import redact
-from kantai.preprocessing.files import HUB, MIB, File, open_file
+from kantai.preprocessing.files import HUB, MIB, File, Member, open_file
 
 _MAX_SHARE = 0.01  # of the bytes; prose of another encoding than UTF-8 mostly has more
 # English or Dutch in CP1252 has less. There, all characters beyond ASCII are spoiled, and there are
@@ -120,7 +120,7 @@ def refuse_foreign_beginning(file: File) -> None:
     Raises:
         UserError: the file has another encoding.
     """
-    if file.size <= _LARGE_FILE_BYTES:
+    if file.size <= _LARGE_FILE_BYTES or isinstance(file, Member):  # a member is read once
         return
     with open_file(file) as content:
         try:
@@ -198,7 +198,7 @@ def _advice(path: str, encoding: str) -> str:
 
 def _sample(file: File) -> bytes:
     """Return some lines that are not UTF-8, or the beginning of a file that has NULs there."""
-    if file.path.startswith(HUB) or file.suffixes[0] == ".parquet":
+    if file.path.startswith(HUB) or isinstance(file, Member) or file.suffixes[0] == ".parquet":
         return b""
     found = b""
     searched = 0

@@ -7,29 +7,33 @@ sizes of the files alone, never on the number of processes.
 
 import contextlib
 import glob
-import gzip
-import lzma
+import io
 import os
+import shutil
 import stat
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kantai.errors import UserError
+from kantai.preprocessing import formats
+from kantai.preprocessing.compression import decompressed
 from kantai.storage import network
 
 MIB = 1 << 20
 HUB = "hub:"
 # Bytes of text in a compressed byte, roughly. It divides work and samples fairly.
 COMPRESSION = 4
-_COMPRESSED = {".gz", ".xz", ".zst"}
 _HUB_SHARD_BYTES = 64 * MIB  # assumed where a data set does not state its size
 _PIECES = 64  # in a corpus of 256 MiB to 8 GiB: enough for the cores of a machine to share evenly
 _MIN_PIECE_BYTES = 4 * MIB
 _MAX_PIECE_BYTES = 128 * MIB
 _BUFFER_BYTES = MIB
+_BACKWARDS = (".parquet", ".zip")  # are read back to front, which needs a file that seeks
 # The keys under which file systems state a file's version, the most reliable first.
 _VERSION_KEYS = (
     "ETag",
@@ -51,6 +55,7 @@ class File:
     path: str  # local path, fsspec URL, or ``hub:NAME[:CONFIG[:SPLIT]]``
     size: int  # bytes as stored; for a data set on the Hub, the number of its shards
     version: str  # modification time, ETag or revision; "" where the file system states none
+    format: str = ""  # what ``--format`` says; "" leaves it to the name
 
     @property
     def is_data_set(self) -> bool:
@@ -63,17 +68,27 @@ class File:
         if self.path.startswith(HUB):
             return "", ""
         name = self.path.partition("?")[0] if _is_remote(self.path) else self.path
-        name, last = os.path.splitext(name.lower())
-        if last in _COMPRESSED:
-            return os.path.splitext(name)[1], last
-        return last, ""
+        return formats.suffixes(name, self.format)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the stored bytes say little about how much text there is."""
+        format_suffix, compression = self.suffixes
+        return bool(compression) or format_suffix == ".zip"
 
     @property
     def text_bytes(self) -> int:
         """An estimate of the bytes of text in the file."""
         if self.path.startswith(HUB):
             return _hub_bytes(self.path) or self.size * _HUB_SHARD_BYTES
-        return self.size * COMPRESSION if self.suffixes[1] else self.size
+        return self.size * COMPRESSION if self.is_compressed else self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Member(File):
+    """A file in an archive, which is open while the archive is read."""
+
+    content: BinaryIO = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +103,30 @@ class Span:
 Piece = tuple[Span, ...]
 
 
-def find_files(inputs: Sequence[str]) -> list[File]:
-    """Find the files behind paths, directories, globs, fsspec URLs and ``hub:`` data sets.
+def find_files(inputs: Sequence[str], stated: str | None = None) -> list[File]:
+    """Find the input files behind paths, directories, globs, fsspec URLs and Hub data sets.
 
     A directory, also one that a glob matches, stands for all files below it except hidden ones.
     Links to directories are followed, but one input searches no directory twice. Files come in the
     order of the inputs, sorted within each input, and each file once, by its first name, whatever
-    other names and links lead to it. Empty files are kept: readers count them.
+    other names and links lead to it. Empty files are kept: readers count them. What Spark writes
+    beside its files is left out.
+
+    Args:
+        inputs: URLs may name files, directories and globs; data sets are
+            ``hub:NAME[:CONFIG[:SPLIT]]``.
+        stated: the format of the files, whatever they are called.
 
     Raises:
         UserError: an input matches nothing or cannot be reached, a link leads nowhere, a driver is
-            not installed, or every file is empty.
+            not installed, a directory or glob has text and records, or every file is empty.
     """
     found: dict[str, File] = {}  # by what is the same for all spellings of a file
     for name in inputs:
-        files = _find_input(name)
+        files = _of_one_kind(name, _find_input(name), stated)
         if not files:
             raise UserError(
-                f"no input at {name}: give a text, .json(l), .csv or .parquet file, "
+                f"no input at {name}: give a text, .json(l), .csv, .tsv or .parquet file, "
                 "a directory of them, or a quoted glob"
             )
         for file in files:
@@ -204,23 +225,83 @@ class _PieceBuilder:
 
 @contextlib.contextmanager
 def open_file(file: File, start: int = 0) -> Iterator[BinaryIO]:
-    """Open a file at byte ``start`` and decompress it; ``start`` is 0 for a compressed file."""
-    compression = file.suffixes[1]
-    with _open(file, start) as stored:
-        if compression == ".gz":
-            with gzip.open(stored) as content:
-                yield cast(BinaryIO, content)
-        elif compression == ".xz":
-            with lzma.open(stored) as content:
-                yield cast(BinaryIO, content)
-        elif compression == ".zst":
-            # zstandard's own stream reader stops after the first frame and misses a missing end.
-            import pyarrow as pa
+    """Open a file at byte ``start`` and decompress it; ``start`` is 0 for a compressed file.
 
-            with pa.input_stream(stored, compression="zstd") as content:
+    Raises:
+        UserError: it cannot be opened, or its first bytes are those of another kind of file.
+    """
+    format_suffix, compression = file.suffixes
+    if start:
+        _check_beginning(file)
+    with _open(file, start) as stored:
+        if start or format_suffix in _BACKWARDS:  # their readers see what is no such file
+            with decompressed(stored, compression) as content:
                 yield content
-        else:
-            yield stored
+            return
+        buffered = _buffered(stored)
+        if format_suffix == ".tar":
+            with decompressed(buffered, compression) as content:
+                yield content
+            return
+        if compression:
+            formats.check_stored(file.path, _head(file, buffered), compression)
+        with decompressed(buffered, compression) as content:
+            formats.check_text(file.path, _head(file, content), format_suffix, file.format)
+            yield content
+
+
+class _ForwardReader(io.RawIOBase):
+    """A remote file that is not asked again once its end was read; aiohttp warns of that."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+        self._ended = False
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to ``len(buffer)`` bytes."""
+        data = b"" if self._ended else self._stored.read(len(buffer))
+        self._ended = not data
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _buffered(stored: Any) -> Any:
+    """Return a file that shows its first bytes and lets them be read again."""
+    if hasattr(stored, "peek"):
+        return stored
+    return io.BufferedReader(_ForwardReader(stored), _BUFFER_BYTES)
+
+
+def _head(file: File, content: Any) -> bytes:
+    """Return the first bytes, which stay to be read."""
+    try:
+        return bytes(content.peek(formats.HEAD_BYTES)[: formats.HEAD_BYTES])
+    except Exception as error:  # each decompressor, file system and network raises its own
+        raise network.unreadable(file.path, 0, error) from None
+
+
+@lru_cache(maxsize=1024)
+def _check_beginning(file: File) -> None:
+    """Look at the first bytes of a file that is opened in the middle."""
+    with open_file(file):
+        pass
+
+
+@contextlib.contextmanager
+def seekable(content: BinaryIO) -> Iterator[BinaryIO]:
+    """Copy what can only be read forwards to a temporary file."""
+    # A member of a tar that is read as a stream cannot tell, or says yes.
+    if not isinstance(content, tarfile.ExFileObject) and content.seekable():
+        yield content
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(content, copy, _BUFFER_BYTES)
+        copy.seek(0)
+        yield cast(BinaryIO, copy)
 
 
 @lru_cache(maxsize=16)
@@ -270,6 +351,26 @@ def _is_remote(path: str) -> bool:
 
 def _sorting_key(path: str) -> list[str]:
     return path.split("/")  # the order of directory listings: "a/b" before "a-b"
+
+
+def _of_one_kind(name: str, files: list[File], stated: str | None) -> list[File]:
+    """Return the files of an input that hold data; refuse text among records.
+
+    Only the names are looked at, since there may be a hundred thousand remote files.
+    """
+    if len(files) > 1:
+        files = [file for file in files if _name(file.path) not in formats.BOOKKEEPING]
+    if stated:
+        files = [replace(file, format=stated) for file in files]
+    full = [file for file in files if file.size]
+    if len(full) > 1:
+        paths = [file.path for file in full]
+        formats.check_one_kind(name, paths, [file.suffixes[0] for file in full])
+    return files
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _find_input(name: str) -> list[File]:
@@ -383,14 +484,17 @@ def _remote_infos(file_system: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _open(file: File, start: int) -> Any:
+    if isinstance(file, Member):
+        return file.content
     if not _is_remote(file.path):
         stored = open(file.path, "rb", buffering=_BUFFER_BYTES)
         stored.seek(start)
         return stored
     file_system, path = _file_system(file.path)
     try:
-        # A Parquet file is read back to front, which needs a file that seeks.
-        if file.path.startswith("http") and file.suffixes[0] != ".parquet":
+        if file.path.startswith("http"):
+            if file.suffixes[0] in _BACKWARDS:
+                return _open_http_seekable(file_system, path)
             return _open_http(file_system, path, start)
         stored = file_system.open(path, "rb")
         stored.seek(start)
@@ -416,6 +520,22 @@ def _open_http(file_system: Any, path: str, start: int) -> Any:
             break
         start -= dropped
     return stored
+
+
+def _open_http_seekable(file_system: Any, path: str) -> Any:
+    stored = file_system.open(path, "rb")
+    try:
+        stored.seek(1)
+        stored.read(1)
+        stored.seek(0)
+        return stored
+    except ValueError:  # the server can only send the whole file
+        stored.close()
+    copy = tempfile.TemporaryFile()
+    with file_system.open(path, "rb", block_size=0) as stored:
+        shutil.copyfileobj(stored, copy, _BUFFER_BYTES)
+    copy.seek(0)
+    return copy
 
 
 def _hub_parts(path: str) -> tuple[str, str, str]:

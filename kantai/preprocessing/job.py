@@ -16,6 +16,7 @@ from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.output import redact
 from kantai.preprocessing.documents import Unit
 from kantai.preprocessing.files import Piece
+from kantai.preprocessing.records import OnError
 from kantai.storage.atomic import Damaged, check_output, digest, read_manifest
 
 TRAIN, HELD_OUT = SPLITS
@@ -29,13 +30,14 @@ class Job:
 
     pieces: list[Piece]
     unit: Unit | None  # what one document is; None: lines of text, records of the rest
-    text_field: str  # the field of a record that holds its text
+    text_field: str | list[str]  # the field of a record that holds its text, or several
     tokenizer: Path
     output: Path  # the folder to publish
     source: dict[str, Any]  # a note on the input, for the manifest
     held_out_share: float = 0.01  # share of the documents that goes to the held-out split
     unique: bool = False  # deduplicate: keep only the first of a split's documents with equal text
     held_out_pieces: list[Piece] = field(default_factory=list)  # the user's own, for the share
+    on_error: OnError = "fail"  # whether a bad record is refused, or left out and counted
 
     @property
     def all_pieces(self) -> list[Piece]:
@@ -70,9 +72,11 @@ class Job:
             (redact(span.file.path), span.file.size, span.file.version, span.start, span.stop)
             for span in self.all_pieces[number]
         ]
-        settings = (self.unit, self.text_field, self.vocabulary.fingerprint)
+        formats = sorted({span.file.format for span in self.all_pieces[number]})
+        reading = (self.unit, self.text_field, formats, self.on_error)
         share = self.held_out_share_of(number)
-        return digest([_FORMAT, spans, *settings, share, self.unique, self.keeps_fingerprints])
+        settings = (self.vocabulary.fingerprint, share, self.unique, self.keeps_fingerprints)
+        return digest([_FORMAT, spans, *reading, *settings])
 
     def record_path(self, number: int) -> Path:
         """Return the path of a piece's record: its key, shards and report."""

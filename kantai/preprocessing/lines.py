@@ -33,7 +33,10 @@ class Report:
     nul: int = 0  # documents with NUL characters
     byte_order_marks: int = 0  # files that began with one
     windows_line_ends: int = 0  # lines that ended in \r\n
-    first: dict[str, str] = field(default_factory=dict)  # where each of the last six was first met
+    skipped_records: int = 0  # bad records that were left out by choice
+    first: dict[str, str] = field(
+        default_factory=dict
+    )  # where each of the last seven was first met
     # Of files of which only parts were read, by redacted path: their encoding is judged when all
     # parts are known. They are no part of the counts.
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Report:
             "empty_files": "{} files are empty",
             "invalid_utf8": "{} documents had bytes that are not UTF-8, replaced by U+FFFD",
             "nul": "{} documents had NUL characters, replaced by U+FFFD",
+            "skipped_records": "{} bad records were skipped",
         }
         return [
             f"{sentence.format(f'{getattr(self, name):,}')} (first: {self.first[name]})"
@@ -282,10 +286,7 @@ def _chunks(content: BinaryIO, path: str, position: int, stop: int | None) -> It
         try:
             chunk = content.read(size)
         except Exception as error:  # each decompressor, file system and network raises its own
-            raise UserError(
-                f"{path} cannot be read beyond byte {position} of its text, "
-                f"it is damaged, cut off or out of reach: {network.reason(error)}"
-            ) from None
+            raise network.unreadable(path, position, error) from None
         if not chunk:
             return
         yield chunk

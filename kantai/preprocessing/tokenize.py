@@ -94,7 +94,7 @@ class _PieceWriter:
         """Write the shards, and last the record; pass on the bytes of text after each batch."""
         job = self._job
         piece = job.all_pieces[self._number]
-        texts = documents(piece, job.unit, job.text_field, self._report)
+        texts = documents(piece, job.unit, job.text_field, self._report, job.on_error)
         for batch in batched_texts(self._long_documents.cut(texts), _BATCH_DOCUMENTS):
             show_progress(self._tokenize_batch(batch))
         _refuse_changed(file for file in _files([piece]) if not file.is_data_set)
@@ -165,7 +165,7 @@ def _write_pieces(job: Job, numbers: list[int], max_processes: int) -> None:
     processes = max(1, min(max_processes, len(numbers)))
     pieces = job.all_pieces
     spans = [span for number in numbers for span in pieces[number]]
-    if any(span.file.suffixes[1] for span in spans):
+    if any(span.file.is_compressed for span in spans):
         total = None  # nobody knows how much text is in compressed files
     else:
         total = sum(span.stop - span.start for span in spans)

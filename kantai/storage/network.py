@@ -5,6 +5,8 @@ import ssl
 from collections.abc import Iterator
 from typing import Any
 
+from kantai.errors import UserError
+
 STALL_SECONDS = 60.0
 _MISSING = (404, 410)
 _STATUSES = {
@@ -38,6 +40,14 @@ def reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         error = error.__cause__ or error  # fsspec's says no more than the URL
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def unreadable(path: str, position: int, error: BaseException) -> UserError:
+    """Return the error for a file that cannot be read to its end."""
+    return UserError(
+        f"{path} cannot be read beyond byte {position} of its text, "
+        f"it is damaged, cut off or out of reach: {reason(error)}"
+    )
 
 
 def _in_words(cause: BaseException) -> str | None:

@@ -8,7 +8,9 @@ import json
 import lzma
 import os
 import ssl
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,12 +37,12 @@ def texts(*inputs: str) -> list[str]:
     return [text for piece in pieces(find_files(inputs)) for text in documents(piece)]
 
 
-def test_directory_input_skips_hidden_files(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "a/.DS_Store"):
+def test_directory_means_all_files_below_but_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/b/c.text", ".hidden.txt", ".git/config", "a/.DS_Store"):
         write_file(tmp_path / "corpus" / name, "x")
     found = find_files([str(tmp_path / "corpus")])
     assert [os.path.relpath(file.path, tmp_path / "corpus") for file in found] == [
-        "a/b/c.jsonl",
+        "a/b/c.text",
         "a/z.txt",
         "b.txt",
     ]
@@ -188,7 +190,7 @@ def test_remote_files_directories_and_globs_are_read(memory: fsspec.AbstractFile
     memory.pipe(
         {
             "/corpus/b/a.txt": b"one\n",
-            "/corpus/a.jsonl": b'{"text": "two"}\n',
+            "/corpus/a.text": b"two\n",
             "/corpus/.hidden/x.txt": b"x\n",
         }
     )
@@ -498,3 +500,16 @@ def test_certificate_that_nobody_signed_is_named(tmp_path: Path) -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_http_server_without_parts_sends_archives_and_parquet(tmp_path: Path, web: str) -> None:
+    lines = [f"line {number}" for number in range(20_000)]
+    folder = tmp_path / "web"
+    write_file(folder / "b.txt", "\n".join(lines))
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.write(folder / "b.txt", "b.txt")
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as archive_of_tar:
+        archive_of_tar.add(folder / "b.txt", "b.txt")
+    pq.write_table(pa.table({"text": lines}), folder / "a.parquet", row_group_size=5000)
+    for name in ("a.zip", "a.tar.gz", "a.parquet"):
+        assert texts(f"{web}/{name}") == lines, name

@@ -38,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[File]:
     pq.write_table(
         pa.table({"text": lines("table", 150_000)}), folder / "a.parquet", row_group_size=1000
     )
-    return find_files([str(folder)])
+    return find_files([str(path) for path in sorted(folder.iterdir())])
 
 
 def drawn(

@@ -411,7 +411,9 @@ def _hub_records(options: RecordOptions, span: Span, report: Report) -> Iterator
         data = hub_dataset(span.file.path)
         data = data.shard(num_shards=span.file.size, index=span.start).with_format("arrow")
         batches = data.iter(batch_size=parquet.BATCH_RECORDS)
-        yield from parquet.column_texts(batches, span.file, path, 1, options.text_fields, report)
+        yield from parquet.column_texts(
+            batches, span.file, path, 1, text_fields=options.text_fields, report=report
+        )
     except UserError:
         raise
     except Exception as error:  # from the library, the Hub or the network

@@ -34,9 +34,8 @@ class Report:
     byte_order_marks: int = 0  # files that began with one
     windows_line_ends: int = 0  # lines that ended in \r\n
     skipped_records: int = 0  # bad records that were left out by choice
-    first: dict[str, str] = field(
-        default_factory=dict
-    )  # where each of the last seven was first met
+    # Where each of the last seven was first met.
+    first: dict[str, str] = field(default_factory=dict)
     # Of files of which only parts were read, by redacted path: their encoding is judged when all
     # parts are known. They are no part of the counts.
     tallies: dict[str, Tally] = field(default_factory=dict)

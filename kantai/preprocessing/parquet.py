@@ -45,7 +45,9 @@ def read_texts(span: Span, text_fields: Sequence[str], report: Report) -> Iterat
                 if span.start <= _first_byte(group) < span.stop:
                     rows = _batch_records(path, content, group, text_fields)
                     batches = file.iter_batches(rows, [index], list(text_fields))
-                    yield from column_texts(batches, span.file, path, number, text_fields, report)
+                    yield from column_texts(
+                        batches, span.file, path, number, text_fields=text_fields, report=report
+                    )
                 number += group.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
@@ -56,6 +58,7 @@ def column_texts(
     file: File,
     path: str,
     number: int,
+    *,
     text_fields: Sequence[str],
     report: Report,
 ) -> Iterator[list[str]]:

@@ -12,18 +12,15 @@ Documents of more than 32,768 characters, as a book in one line, are cut at sent
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from kantai.errors import UserError, run_command
 from kantai.preprocessing.documents import add_corpus_arguments, pieces
-from kantai.preprocessing.files import File, find_files
+from kantai.preprocessing.files import File, find_files, refuse_shared
 from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import describe, merge
 from kantai.preprocessing.tokenize import tokenize
 from kantai.storage.atomic import refuse_url
-
-HELD_OUT_SHARE = 0.01
 
 
 def main() -> None:
@@ -46,11 +43,12 @@ def make_job(arguments: argparse.Namespace) -> Job:
     source = {"input": arguments.input, "document": arguments.document}
     files = find_files(arguments.input, arguments.format)
     held_out_files: list[File] = []
+    if arguments.held_out_input and arguments.held_out is not None:
+        raise UserError("give either --held_out or --held_out_input")
     if arguments.held_out_input:
-        if arguments.held_out is not None:
-            raise UserError("give either --held_out or --held_out_input")
-        held_out_files = find_held_out_files(arguments, files)
         source["held_out_input"] = arguments.held_out_input
+        held_out_files = find_files(arguments.held_out_input, arguments.format)
+        refuse_shared(files, held_out_files)
     return Job(
         pieces(files, arguments.document),
         arguments.document,
@@ -58,24 +56,11 @@ def make_job(arguments: argparse.Namespace) -> Job:
         arguments.tokenizer,
         arguments.output,
         source,
-        held_out_share=HELD_OUT_SHARE if arguments.held_out is None else arguments.held_out,
+        held_out_share=0.01 if arguments.held_out is None else arguments.held_out,
         unique=arguments.unique,
         held_out_pieces=pieces(held_out_files, arguments.document),
         on_error=arguments.on_error,
     )
-
-
-def find_held_out_files(arguments: argparse.Namespace, train_files: list[File]) -> list[File]:
-    """Find the files of the user's own held-out split; none may be trained on."""
-    files = find_files(arguments.held_out_input, arguments.format)
-    in_both = {os.path.realpath(file.path) for file in train_files}
-    for file in files:
-        if os.path.realpath(file.path) in in_both:
-            raise UserError(
-                f"{file.path} is in both --input and --held_out_input: leave it out of --input, "
-                "or it is trained on"
-            )
-    return files
 
 
 def parse_arguments() -> argparse.Namespace:

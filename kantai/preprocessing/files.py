@@ -141,6 +141,21 @@ def find_files(inputs: Sequence[str], stated: str | None = None) -> list[File]:
     return list(found.values())
 
 
+def refuse_shared(train: Sequence[File], held_out: Sequence[File]) -> None:
+    """Refuse a held-out file that is trained on.
+
+    Raises:
+        UserError: a file is in both inputs.
+    """
+    trained_on = {_identity(file.path) for file in train}
+    for file in held_out:
+        if _identity(file.path) in trained_on:
+            raise UserError(
+                f"{file.path} is in both --input and --held_out_input: leave it out of --input, "
+                "or it is trained on"
+            )
+
+
 def has_changed(file: File) -> bool:
     """Look at a file again: whether its size or version is another one, or it is gone."""
     if _is_remote(file.path):

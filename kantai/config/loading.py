@@ -16,7 +16,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from kantai.config.conversion import RENAMED
-from kantai.config.schema import MAY_CHANGE, Config
+from kantai.config.schema import MAY_CHANGE, MAY_CHANGE_WITHOUT_DROPOUT, Config
 from kantai.errors import UserError
 
 
@@ -83,17 +83,29 @@ def to_yaml(tree: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Flat ``a.b -> value`` of all settings."""
     values = config.model_dump()
     found = {}
-    for key, field in schema(Config):
-        if field.json_schema_extra != MAY_CHANGE:
-            value: Any = values
-            for part in key.split("."):
-                value = value[part]
-            found[key] = value
+    for key, _ in schema(Config):
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
     return found
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
+    may_change = changeable_settings()
+    if not config.model.has_dropout:
+        may_change |= changeable_settings(MAY_CHANGE_WITHOUT_DROPOUT)
+    return {key: value for key, value in flat_settings(config).items() if key not in may_change}
+
+
+def changeable_settings(mark: dict[str, Any] = MAY_CHANGE) -> set[str]:
+    """The settings that are marked so in the schema."""
+    return {key for key, field in schema(Config) if field.json_schema_extra == mark}
 
 
 def default_settings() -> dict[str, Any]:
@@ -108,16 +120,24 @@ def default_settings() -> dict[str, Any]:
 
 def refuse_other_run(config: Config, saved: Config) -> None:
     """Refuse a config that differs from its run's in a setting that decides the result."""
-    before = fixed_settings(saved)
+    before = flat_settings(saved)
     now = fixed_settings(config)
     changed = [
-        f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]
+        f"{key} was {as_written(before[key])} and is {as_written(now[key])}"
+        for key in now
+        if before[key] != now[key]
     ]
     if changed:
         raise UserError(
             f"{config.run_dir} belongs to a run of another config: {'; '.join(changed)}. "
-            "Give a new --run_dir=..., or the old values to continue that run"
+            "What decides the result is fixed for a run: give a new --run_dir=..., or the old "
+            "values to continue that run"
         )
+
+
+def as_written(value: Any) -> str:
+    """A value as a user would write it: null and true, where Python says None and True."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def describe() -> str:
@@ -127,8 +147,7 @@ def describe() -> str:
         default = "required"
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
-            # As YAML has it: null and true, where Python says None and True.
-            default = f"default {value if isinstance(value, str) else json.dumps(value)}"
+            default = f"default {value if isinstance(value, str) else as_written(value)}"
         kind = type_in_words(field.annotation)
         lines.append(f"  --{key}=...\n      {field.description} ({kind}; {default})")
     return "\n".join(lines)

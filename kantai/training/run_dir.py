@@ -15,14 +15,17 @@ from typing import Any
 import kantai
 from kantai.checkpoint.store import CheckpointStore
 from kantai.config.loading import (
+    as_written,
+    changeable_settings,
     default_settings,
     fixed_settings,
+    flat_settings,
     load_config,
     read_settings,
     refuse_other_run,
     save_config,
 )
-from kantai.config.schema import Config
+from kantai.config.schema import MAY_CHANGE_WITHOUT_DROPOUT, Config
 from kantai.data.dataset import STREAM_VERSION, Data, open_data
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
@@ -33,6 +36,7 @@ CONFIG_FILE = "config.yaml"
 VERSION_FILE = "version.json"
 PROMPTS_FILE = "prompts.txt"
 FORMAT = 2  # of run directories: the names of their files and of what is in them
+_DATA_KEYS = ("shards", "tokenizer")  # of the lineage
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -75,7 +79,27 @@ class RunDir:
                 f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring "
                 "one back from a copy, or remove that folder to begin with step 0"
             )
+        begun_with = _read_version(self.path)
+        if begun_with.keys() >= set(_DATA_KEYS):  # it may have steps that are not saved yet
+            self._check_data(self.path, begun_with)
         return 0
+
+    def take_over(self) -> int:
+        """Make this start the only one that may write. For one process alone.
+
+        Returns:
+            The step of the newest valid checkpoint.
+
+        Raises:
+            UserError: the run belongs to other settings or data. It is as it was, and a start that
+                is at work goes on.
+        """
+        self.newest()  # a start that is refused must not end the one that runs
+        if not (self.path / CONFIG_FILE).exists():
+            self.create()  # nobody has begun, and a folder without it is no run directory
+        self.store.supersede()
+        self.create()
+        return self.newest(set_aside=True)
 
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
@@ -83,7 +107,7 @@ class RunDir:
         # The config comes first: it is what makes a folder a run directory.
         with replaced(self.path / CONFIG_FILE) as partial:
             save_config(self.config, partial)
-        save_version(self.path)
+        save_version(self.path, {key: self.lineage[key] for key in _DATA_KEYS})
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
         text = "".join(f"{prompt}\n" for prompt in prompts)
         (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
@@ -108,16 +132,37 @@ class RunDir:
             },
         }
 
+    @property
+    def in_common(self) -> dict[str, Any]:
+        """What all ranks of a start must have alike, by name.
+
+        A node may keep shards and tokenizer in folders of its own, and read them in its own way.
+        """
+        lineage = self.lineage
+        settings = flat_settings(self.config)
+        of_node = {key for key in settings if key.startswith("data.")} - lineage["settings"].keys()
+        libraries = {f"version of {name}": lineage["versions"][name] for name in _LIBRARIES}
+        return {
+            **{key: value for key, value in settings.items() if key not in of_node},
+            **libraries,
+            "digest of data.shards": lineage["shards"],
+            "digest of data.tokenizer": lineage["tokenizer"],
+            "digest of kantai's code": lineage["code"],
+        }
+
+    def _check_data(self, made_by: Path, theirs: dict[str, Any]) -> None:
+        for key in _DATA_KEYS:
+            if theirs.get(key) != self.lineage[key]:
+                raise UserError(
+                    f"{made_by} was trained on other {key} than "
+                    f"{getattr(self.config.data, key)}: name those of its start"
+                )
+
     def _check_lineage(self, step: int, lineage: Any) -> None:
         theirs = lineage if isinstance(lineage, dict) else {}
         checkpoint = self.store.path(step)
         self._check_settings(checkpoint, theirs.get("settings"))
-        for key in ("shards", "tokenizer"):
-            if theirs.get(key) != self.lineage[key]:
-                raise UserError(
-                    f"{checkpoint} was trained on other {key} than "
-                    f"{getattr(self.config.data, key)}: name those of its start"
-                )
+        self._check_data(checkpoint, theirs)
         known = SkippedData.of(self.path)
         skipped = theirs.get("skipped_data", [])
         windows = {str(list(window)) for window in known.windows}
@@ -133,7 +178,12 @@ class RunDir:
             raise UserError(f"{checkpoint} does not say with which settings it was made")
         ours = self.lineage["settings"]
         defaults = default_settings()
-        for key in sorted(ours.keys() | theirs.keys()):
+        known = flat_settings(self.config)
+        # What an earlier release did not hold to be fixed, its checkpoints do not say.
+        unsaid = changeable_settings(MAY_CHANGE_WITHOUT_DROPOUT) - theirs.keys()
+        for key in sorted((ours.keys() | theirs.keys()) - unsaid):
+            if key in known and key not in ours:
+                continue  # an earlier release held it to be fixed
             if key not in ours:
                 raise UserError(
                     f"{checkpoint} was made with {key}, which this release does not know"
@@ -141,8 +191,9 @@ class RunDir:
             before = theirs.get(key, defaults.get(key))
             if before != ours[key]:
                 raise UserError(
-                    f"{checkpoint} was made with {key} {before!r}, and {self.path / CONFIG_FILE} "
-                    f"says {ours[key]!r}: bring that back to what it was"
+                    f"{checkpoint} was made with {key} {as_written(before)}, and "
+                    f"{self.path / CONFIG_FILE} says {as_written(ours[key])}: bring that back to "
+                    "what it was"
                 )
 
 
@@ -220,32 +271,45 @@ def saved_config(run_dir: str | Path) -> Config:
     return load_config(path).model_copy(update=moved)
 
 
-def save_version(run_dir: Path) -> None:
-    """Say which release a run directory is of, and which data stream its run is shown."""
-    version = {"kantai": kantai.__version__, "format": FORMAT, "stream": STREAM_VERSION}
+def save_version(run_dir: Path, data: dict[str, str] | None = None) -> None:
+    """Say which release a run directory is of, and which data stream its run is shown.
+
+    Args:
+        data: digests of shards and tokenizer, where they are known.
+    """
+    release = {"kantai": kantai.__version__, "format": FORMAT, "stream": STREAM_VERSION}
+    version = {**release, **(data or {})}
     with replaced(run_dir / VERSION_FILE) as partial:
         partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
 
 
-def check_version(run_dir: Path) -> None:
-    """Refuse a run directory that this release would misread, or continue with other data."""
+def _read_version(run_dir: Path) -> dict[str, Any]:
+    """What :func:`save_version` wrote; nothing where it did not."""
     path = run_dir / VERSION_FILE
     if not path.exists():
+        return {}
+    try:
+        version = json.loads(path.read_text(encoding="utf-8"))
+        release = {key: int(version[key]) for key in ("format", "stream")}
+        return {**version, **release, "kantai": str(version["kantai"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: bring it back from a copy") from None
+
+
+def check_version(run_dir: Path) -> None:
+    """Refuse a run directory that this release would misread, or continue with other data."""
+    version = _read_version(run_dir)
+    if not version:
         if any((run_dir / "checkpoints").glob("update-*")) or _has_old_settings(run_dir):
             raise UserError(
                 f"{run_dir} is a run of kantai 0.1: convert it, once, with "
                 f"python scripts/convert.py {run_dir}"
             )
         return
-    try:
-        version = json.loads(path.read_text(encoding="utf-8"))
-        release = str(version["kantai"])
-        run_format = int(version["format"])
-        stream = int(version["stream"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: bring it back from a copy") from None
-    if run_format != FORMAT or stream != STREAM_VERSION:
-        fault = "names its files otherwise" if run_format != FORMAT else "would show it other data"
+    release = version["kantai"]
+    is_named_otherwise = version["format"] != FORMAT
+    if is_named_otherwise or version["stream"] != STREAM_VERSION:
+        fault = "names its files otherwise" if is_named_otherwise else "would show it other data"
         raise UserError(
             f"{run_dir} is a run of kantai {release}, and this release ({kantai.__version__}) "
             f"{fault}: continue it with kantai {release}"

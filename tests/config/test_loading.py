@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from kantai.config.loading import (
+    as_written,
     describe,
     fixed_settings,
     load_config,
@@ -231,6 +232,7 @@ CHANGES = {
     "model.hidden_size": 1536,
     "model.vocab_size": 1024,
     "batch.global_batch_size": 255,
+    "batch.micro_batch_size": 4,  # with dropout, which is the default
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 1,
 }
@@ -242,9 +244,9 @@ MAY_CHANGE = {
     "data.verify_hashes": True,
     "data.cache_dir": "/elsewhere",
     "data.cache_gb": 1.0,
-    "batch.micro_batch_size": 4,
     "checkpoint.every_steps": 5,
     "checkpoint.keep": 9,
+    "failures.spike_factor": None,
     "failures.hang_seconds": 9,
     "failures.compare_replicas_every": 5,
     "training.compile": True,
@@ -261,7 +263,7 @@ def test_run_refuses_changed_result_setting(tmp_path: Path, key: str, value: obj
         refuse_other_run(with_value(config, key, value), config)
     assert f"belongs to a run of another config: {key} was " in str(
         error.value
-    ) and f" and is {value!r}. " in str(error.value)
+    ) and f" and is {as_written(value)}. " in str(error.value)
 
 
 @pytest.mark.parametrize(("key", "value"), MAY_CHANGE.items())
@@ -309,3 +311,22 @@ def test_duplicate_section_fails_and_empty_has_defaults(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text(text + "masking:\n")
     assert load_config(tmp_path / "empty.yaml", ["--masking.ratio=0.3"]).masking.ratio == 0.3
     assert load_config(tmp_path / "empty.yaml").masking.ratio == 0.15
+
+
+def test_micro_batch_size_may_change_without_dropout(tmp_path: Path) -> None:
+    dropout = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
+    for given, message in ((dropout, None), (dropout[:1], "batch.micro_batch_size was 32 and is")):
+        config = load(tmp_path, SMALLEST, *given)
+        changed = with_value(config, "batch.micro_batch_size", 4)
+        if message is None:
+            refuse_other_run(changed, config)
+            continue
+        with pytest.raises(UserError, match=message):
+            refuse_other_run(changed, config)
+
+
+def test_refused_change_says_why(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    for key, value in (("optimizer.learning_rate", 1e-5), ("training.precision", "bf16")):
+        with pytest.raises(UserError, match="What decides the result is fixed for a run"):
+            refuse_other_run(with_value(config, key, value), config)

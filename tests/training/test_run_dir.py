@@ -66,7 +66,7 @@ def test_run_of_max_steps_refuses_epochs(started_run: tuple[Path, list[str]]) ->
     path, _ = started_run
     small = path.parent / "small.yaml"
     small.write_text(f"run_dir: {path}\ntraining: {{epochs: 2}}\n")
-    with pytest.raises(UserError, match=r"training.max_steps was 2000 and is None"):
+    with pytest.raises(UserError, match=r"training.max_steps was 2000 and is null"):
         open_run(load_run_config(small))
 
 

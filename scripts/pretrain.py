@@ -40,9 +40,11 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
 
     rank_info = RankInfo.from_environment()
-    config = load_run_config(arguments.config, overrides)
-    data = open_data(config, hashes=rank_info.is_main)
-    run_dir = open_run_dir(config, data, resume=arguments.resume == "auto")
+    say = print if rank_info.is_main else lambda _: None
+    config = load_run_config(arguments.config, overrides, say)
+    data = open_data(config, hashes=rank_info.local_rank == 0)
+    resume = arguments.resume == "auto"
+    run_dir = open_run_dir(config, data, resume=resume, config_file=arguments.config)
     if arguments.check or run_dir.is_finished():
         if rank_info.is_main:
             print(f"{run_dir.path}: {run_dir.newest()} of {data.max_steps} steps done")

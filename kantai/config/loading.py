@@ -135,6 +135,41 @@ def refuse_other_run(config: Config, saved: Config) -> None:
         )
 
 
+def as_begun(
+    config: Config, begun: Config, overrides: Sequence[str]
+) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+    """A config with the fixed settings that its run began with, but for those that are overridden.
+
+    Returns:
+        The config, and by key what was in it and what the run began with.
+    """
+    now = flat_settings(config)
+    before = fixed_settings(begun)
+    lengths = {"training.max_steps", "training.epochs"}  # a run has one of the two
+    given = {override.removeprefix("--").split("=")[0] for override in overrides}
+    if any(_is_within(length, given) for length in lengths):
+        given |= lengths
+    kept = {
+        key: (now[key], value)
+        for key, value in before.items()
+        if now[key] != value and not _is_within(key, given)
+    }
+    tree = config.model_dump()
+    for key, (_, value) in kept.items():
+        *sections, last = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
+        branch[last] = value
+    return Config.model_validate(tree), kept
+
+
+def _is_within(key: str, given: set[str]) -> bool:
+    """Whether a setting or the section that it is in was given."""
+    parts = key.split(".")
+    return any(".".join(parts[:length]) in given for length in range(1, len(parts) + 1))
+
+
 def as_written(value: Any) -> str:
     """A value as a user would write it: null and true, where Python says None and True."""
     return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

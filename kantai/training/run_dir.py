@@ -6,7 +6,7 @@ Looking at one imports no torch, so it takes a second.
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import kantai
 from kantai.checkpoint.store import CheckpointStore
 from kantai.config.loading import (
+    as_begun,
     as_written,
     changeable_settings,
     default_settings,
@@ -47,6 +48,7 @@ class RunDir:
     path: Path
     config: Config
     data: Data
+    config_file: Path | None = None  # which the config came from
 
     @cached_property
     def store(self) -> CheckpointStore:
@@ -107,7 +109,10 @@ class RunDir:
         # The config comes first: it is what makes a folder a run directory.
         with replaced(self.path / CONFIG_FILE) as partial:
             save_config(self.config, partial)
-        save_version(self.path, {key: self.lineage[key] for key in _DATA_KEYS})
+        begun_with = {key: self.lineage[key] for key in _DATA_KEYS}
+        if self.config_file is not None:
+            begun_with["config_file"] = str(self.config_file)
+        save_version(self.path, begun_with)
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
         text = "".join(f"{prompt}\n" for prompt in prompts)
         (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
@@ -197,11 +202,17 @@ class RunDir:
                 )
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(
+    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+) -> Config:
     """Load a config; what it leaves out is as the run recorded it, if the run has begun.
 
-    So a default may change in a later release, and a run goes on as it began. A run directory of
-    another release is refused.
+    So a default may change in a later release, and a run goes on as it began. It also does so if
+    the file that it began with has been edited since: a job in a queue has no one to ask. A run
+    directory of another release is refused.
+
+    Args:
+        say: told each edit that is not taken up.
     """
     run_dir = read_settings(path, overrides).get("run_dir")
     if not isinstance(run_dir, str):
@@ -210,14 +221,27 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not recorded.is_file():
         return load_config(path, overrides)
     check_version(recorded.parent)
-    return load_config(path, overrides, load_config(recorded))
+    begun = load_config(recorded)
+    config = load_config(path, overrides, begun)
+    if _read_version(recorded.parent).get("config_file") != str(Path(path).absolute()):
+        return config
+    config, edits = as_begun(config, begun, overrides)
+    for key, (now, before) in edits.items():
+        say(
+            f"note: {path} says {key} {as_written(now)} now. This run goes on with "
+            f"{as_written(before)}, as it began; give a new --run_dir=... to train with the new one"
+        )
+    return config
 
 
-def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
+def open_run_dir(
+    config: Config, data: Data, *, resume: bool = True, config_file: str | Path | None = None
+) -> RunDir:
     """Look whether a run may start or go on in its directory; writes nothing.
 
     Args:
         resume: go on where there is something to go on from.
+        config_file: which the config came from.
 
     Raises:
         UserError: the directory is another run's, or no run's, or of another release, or there is
@@ -235,7 +259,8 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
         refuse_other_run(config, load_config(path / CONFIG_FILE))
     elif path.exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
-    return RunDir(path, config, data)
+    origin = None if config_file is None else Path(config_file).absolute()
+    return RunDir(path, config, data, origin)
 
 
 def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
@@ -271,14 +296,14 @@ def saved_config(run_dir: str | Path) -> Config:
     return load_config(path).model_copy(update=moved)
 
 
-def save_version(run_dir: Path, data: dict[str, str] | None = None) -> None:
+def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> None:
     """Say which release a run directory is of, and which data stream its run is shown.
 
     Args:
-        data: digests of shards and tokenizer, where they are known.
+        begun_with: digests of shards and tokenizer, and the config file, where they are known.
     """
     release = {"kantai": kantai.__version__, "format": FORMAT, "stream": STREAM_VERSION}
-    version = {**release, **(data or {})}
+    version = {**release, **(begun_with or {})}
     with replaced(run_dir / VERSION_FILE) as partial:
         partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
 

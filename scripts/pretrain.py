@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from kantai.cluster.environment import RankInfo
-from kantai.cluster.signals import EXIT_STOPPED
+from kantai.cluster.signals import exit_code_when_stopped
 from kantai.config.loading import describe
 from kantai.data.dataset import open_data
 from kantai.errors import run_command
@@ -55,7 +55,7 @@ def main() -> None:
     from kantai.training.trainer import train
 
     if not record(train)(run_dir, rank_info):
-        sys.exit(EXIT_STOPPED)
+        sys.exit(exit_code_when_stopped())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from kantai.config.conversion import RENAMED
 from kantai.config.schema import MAY_CHANGE, MAY_CHANGE_WITHOUT_DROPOUT, Config
+from kantai.config.synonyms import hint
 from kantai.errors import UserError
 
 
@@ -68,7 +69,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     tree = {key: value for key, value in tree.items() if value is not None}
     for override in overrides:
         _lay_over(tree, override)
-    return tree
+    return _with_python_s_none(tree)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -222,8 +223,18 @@ def _yaml() -> YAML:
     return yaml
 
 
+def _with_python_s_none(tree: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Take None, which YAML holds to be a text, for null where no text is wanted."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _with_python_s_none(value, f"{section}{key}.")
+        elif value == "None" and f"{section}{key}" not in _TEXTS:
+            tree[key] = None
+    return tree
+
+
 def _lay_over(tree: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"--([\w.]+)=(.*)", override, re.DOTALL)
+    match = re.fullmatch(r"--([\w.-]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise UserError(
             f"cannot read the argument {override!r}: settings are given as --section.key=value"
@@ -266,16 +277,23 @@ def _in_words(error: ValidationError, path: str | Path) -> str:
                 f"{where} is called {now} now; python scripts/convert.py {path} renames it in a "
                 "file or run directory of kantai 0.1"
             )
-        known = [key for key, _ in schema(Config)] + list(Config.model_fields)
-        near = difflib.get_close_matches(where, known, n=1, cutoff=0) if where else []
-        hint = f"; the nearest known one is {near[0]!r}" if near else ""
-        return f"unknown key {where!r}{hint}"
+        return f"unknown key {where!r}; {_what_was_meant(where)}"
     if first["type"] == "missing":
         return f"{where} is missing; add it to the file or give --{where}=..."
     is_section = isinstance(first["input"], dict | BaseModel)
     given = "" if is_section else f", not {first['input']!r}"
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{where}: {reason}{given}" if where else f"{reason}{given}"
+
+
+def _what_was_meant(unknown: str) -> str:
+    settings = [key for key, _ in schema(Config)]
+    meant = hint(unknown, settings)
+    if meant is not None:
+        return meant
+    near = difflib.get_close_matches(unknown, [*settings, *Config.model_fields], n=1)
+    # Without a likely one, a guess would mislead.
+    return f"the nearest known one is {near[0]!r}" if near else "pretrain.py --help lists all"
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -320,7 +320,7 @@ class Trainer:
         if back == 0:
             raise UserError(
                 "loss or gradient are no finite numbers, and no checkpoint was saved before: "
-                "lower optimizer.learning_rate"
+                "lower optimizer.learning_rate, in a new run (--run_dir=...)"
             )
         rollbacks = [from_step for from_step, _, _ in self.skipped_data.windows]
         if rollbacks.count(back) == _MAX_ROLLBACKS:

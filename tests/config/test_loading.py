@@ -16,8 +16,10 @@ from kantai.config.loading import (
     load_config,
     refuse_other_run,
     save_config,
+    schema,
 )
 from kantai.config.schema import Config
+from kantai.config.synonyms import SYNONYMS
 from kantai.errors import UserError
 from tests.helpers.commands import ROOT
 
@@ -330,3 +332,41 @@ def test_refused_change_says_why(tmp_path: Path) -> None:
     for key, value in (("optimizer.learning_rate", 1e-5), ("training.precision", "bf16")):
         with pytest.raises(UserError, match="What decides the result is fixed for a run"):
             refuse_other_run(with_value(config, key, value), config)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("fp16", "kantai's setting for it is 'training.precision'"),
+        ("training.bf16", "kantai's setting for it is 'training.precision'"),
+        ("optimizer.lr", "kantai's setting for it is 'optimizer.learning_rate'"),
+        ("output_dir", "kantai's setting for it is 'run_dir'"),
+        ("per_device_train_batch_size", "kantai's setting for it is 'batch.micro_batch_size'"),
+        ("local-rank", "local-rank is the launcher's: give it to accelerate launch"),
+        ("training.learning_rate", "the nearest known one is 'optimizer.learning_rate'"),
+        ("model.rope_theta", "pretrain.py --help lists all"),
+        ("x", "pretrain.py --help lists all"),
+    ],
+)
+def test_unknown_key_has_hint_that_leads_on(tmp_path: Path, key: str, hint: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, SMALLEST, f"--{key}=1")
+    assert f"unknown key {key!r}; {hint}" in str(error.value)
+
+
+def test_synonyms_lead_to_settings() -> None:
+    settings = dict(schema(Config))
+    for key, others in SYNONYMS.items():
+        assert key in settings
+        assert not {name for name in others if name in settings}
+
+
+def test_python_spelling_of_null_is_taken(tmp_path: Path) -> None:
+    given = ["--failures.spike_factor=None", "--data.cache_dir=None", "--training.compile=True"]
+    config = load(tmp_path, SMALLEST, *given)
+    assert config.failures.spike_factor is None
+    assert config.data.cache_dir is None
+    assert config.training.compile is True
+    config = load(tmp_path, SMALLEST + "\nfailures: {spike_factor: None}\n", "--run_dir=None")
+    assert config.failures.spike_factor is None
+    assert Path(config.run_dir).name == "None"  # a folder may be called so

@@ -225,7 +225,7 @@ def load_run_config(
     config = load_config(path, overrides, begun)
     if _read_version(recorded.parent).get("config_file") != str(Path(path).absolute()):
         return config
-    config, edits = as_begun(config, begun, overrides)
+    config, edits = as_begun(config, _begun_with(recorded.parent, config), overrides)
     for key, (now, before) in edits.items():
         say(
             f"note: {path} says {key} {as_written(now)} now. This run goes on with "
@@ -256,11 +256,24 @@ def open_run_dir(
                 "--run_dir=..."
             )
         check_version(path)
-        refuse_other_run(config, load_config(path / CONFIG_FILE))
+        refuse_other_run(config, _begun_with(path, config))
     elif path.exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
     origin = None if config_file is None else Path(config_file).absolute()
     return RunDir(path, config, data, origin)
+
+
+def _begun_with(run_dir: Path, config: Config) -> Config:
+    """The settings that a run began with.
+
+    Until it has saved anything, its micro-batch size is the config's: the first step of many a run
+    ends for want of memory.
+    """
+    begun = load_config(run_dir / CONFIG_FILE)
+    if CheckpointStore(run_dir).steps():
+        return begun
+    rows = {"micro_batch_size": config.batch.micro_batch_size}
+    return begun.model_copy(update={"batch": begun.batch.model_copy(update=rows)})
 
 
 def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:

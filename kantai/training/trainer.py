@@ -96,10 +96,12 @@ class Trainer:
         self.skipped_data = SkippedData.of(run_dir.path)
         self.stage: Stage | None = None
         self.evaluation_seconds = 0.0
+        self.trains_since = time.monotonic()
 
     def train(self) -> bool:
         """The loop. Returns whether all steps are done."""
         done = self.resume()
+        self.trains_since = time.monotonic()
         stops = False
         while done < self.max_steps and not stops:
             for step, micro_batches, waited_seconds in self.batches_from(done):
@@ -271,7 +273,8 @@ class Trainer:
         self.publish()
         if done < self.max_steps:
             self.logger.say(
-                f"asked to stop ({self.stopping.reason()}): saved step {done} of "
+                f"asked to stop ({self.stopping.reason()}) after "
+                f"{time.monotonic() - self.trains_since:.0f} s of training: saved step {done} of "
                 f"{self.max_steps}; the same command goes on from there"
             )
         self.logger.finish()

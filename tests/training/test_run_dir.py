@@ -255,3 +255,16 @@ def test_settings_that_earlier_release_fixed_otherwise_pass(
     settings.pop("batch.micro_batch_size", None)
     save_checkpoint(run, settings)
     assert run.newest() == 2
+
+
+def test_micro_batch_size_may_change_before_first_checkpoint(
+    tmp_path: Path, where: list[str]
+) -> None:
+    """A first step that runs out of memory leaves a run directory, and nothing to go on from."""
+    path, arguments = edited_run(tmp_path, [*where, "--model.hidden_dropout_prob=0.1"])
+    smaller = [*arguments, "--batch.micro_batch_size=2"]
+    run = open_run(load_run_config(path, smaller))
+    assert run.config.batch.micro_batch_size == 2
+    save_checkpoint(run, fixed_settings(run.config))
+    with pytest.raises(UserError, match=r"batch\.micro_batch_size was 4 and is 2"):
+        open_run(load_run_config(path, smaller))

@@ -147,3 +147,30 @@ def test_rank_that_reads_other_checkpoint_is_named(arguments: list[str], tmp_pat
     assert first.returncode != 0 and second.returncode != 0
     assert "error: rank 1 (" in first.err and "fails its checksum" in first.err
     assert CheckpointStore(run).steps() == [1]
+
+
+def test_precision_of_launcher_is_not_ignored(arguments: list[str], tmp_path: Path) -> None:
+    command = pretrain_command("cpu", *arguments, f"--run_dir={tmp_path / 'run'}")
+    place = command.index("--num_processes")
+    done = run_program([*command[:place], "--mixed_precision", "bf16", *command[place:]])
+    assert done.returncode != 0
+    assert "the launcher asks for mixed_precision bf16, and training.precision is" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_deepspeed_file_ends_launch_in_one_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "deepspeed.json"
+    broken.write_text('{"zero_optimization": {"stage": 2},}')
+    launcher = tmp_path / "launcher.yaml"
+    launcher.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\n"
+        f"deepspeed_config: {{deepspeed_config_file: {broken}, zero3_init_flag: false, "
+        "deepspeed_multinode_launcher: standard}\nmain_process_port: 0\n"
+    )
+    command = pretrain_command("zero2", *arguments, f"--run_dir={tmp_path / 'run'}", processes=1)
+    command[command.index("--config_file") + 1] = str(launcher)
+    done = run_program(command)
+    assert done.returncode != 0
+    assert f"error: the deepspeed_config_file {broken} is not JSON" in done.stderr

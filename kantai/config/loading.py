@@ -119,14 +119,19 @@ def default_settings() -> dict[str, Any]:
     }
 
 
-def refuse_other_run(config: Config, saved: Config) -> None:
-    """Refuse a config that differs from its run's in a setting that decides the result."""
+def refuse_other_run(config: Config, saved: Config, *, of_stream: bool = False) -> None:
+    """Refuse a config that differs from its run's in a setting that decides the result.
+
+    Args:
+        of_stream: only what the model is shown counts, and not how it is dealt to micro-steps.
+    """
+    passed_over = changeable_settings(MAY_CHANGE_WITHOUT_DROPOUT) if of_stream else set()
     before = flat_settings(saved)
     now = fixed_settings(config)
     changed = [
         f"{key} was {as_written(before[key])} and is {as_written(now[key])}"
         for key in now
-        if before[key] != now[key]
+        if before[key] != now[key] and key not in passed_over
     ]
     if changed:
         raise UserError(

@@ -370,3 +370,11 @@ def test_python_spelling_of_null_is_taken(tmp_path: Path) -> None:
     config = load(tmp_path, SMALLEST + "\nfailures: {spike_factor: None}\n", "--run_dir=None")
     assert config.failures.spike_factor is None
     assert Path(config.run_dir).name == "None"  # a folder may be called so
+
+
+def test_micro_batch_size_is_no_part_of_the_stream(tmp_path: Path) -> None:
+    """inspect_data.py shows how a run is dealt to any ranks and micro-steps."""
+    config = load(tmp_path)
+    refuse_other_run(with_value(config, "batch.micro_batch_size", 4), config, of_stream=True)
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        refuse_other_run(with_value(config, "seed", 1), config, of_stream=True)

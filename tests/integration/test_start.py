@@ -174,3 +174,15 @@ def test_broken_deepspeed_file_ends_launch_in_one_line(
     done = run_program(command)
     assert done.returncode != 0
     assert f"error: the deepspeed_config_file {broken} is not JSON" in done.stderr
+
+
+def test_stopped_run_is_not_restarted_by_torchrun(arguments: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launcher = "-m torch.distributed.run --nproc_per_node=2 --max-restarts=3 --master_port"
+    program = pretrain_program(*arguments, f"--run_dir={run}", "--training.max_steps=100000")
+    started = Program([sys.executable, *launcher.split(), free_port(), *program])
+    wait_until(lambda: CheckpointStore(run).steps(), started)
+    (run / "STOP").touch()
+    assert started.wait_for_end() == 0, started.report()
+    assert started.out.count("model: ") == 1
+    assert "asked to stop (there is a file " in started.out

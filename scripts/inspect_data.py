@@ -32,7 +32,7 @@ def main() -> None:
     batches = data.training_batches(arguments.world_size)
     skipped = SkippedData.of(Path(config.run_dir))
     if skipped.windows:
-        refuse_other_run(config, saved_config(config.run_dir))
+        refuse_other_run(config, saved_config(config.run_dir), of_stream=True)
     if arguments.step is None and arguments.hash is None:
         seq_lens = sorted({shape.seq_len for shape in config.batch_shapes()})
         print(*describe_shards(data.shards, data.vocabulary, seq_lens), sep="\n")

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from kantai.cluster.environment import RankInfo
-from kantai.cluster.signals import EXIT_STOPPED
+from kantai.cluster.signals import exit_code_when_stopped
 from kantai.config.loading import describe
 from kantai.data.dataset import open_data
 from kantai.errors import run_command
@@ -40,9 +40,11 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
 
     rank_info = RankInfo.from_environment()
-    config = load_run_config(arguments.config, overrides)
-    data = open_data(config, hashes=rank_info.is_main)
-    run_dir = open_run_dir(config, data, resume=arguments.resume == "auto")
+    say = print if rank_info.is_main else lambda _: None
+    config = load_run_config(arguments.config, overrides, say)
+    data = open_data(config, hashes=rank_info.local_rank == 0)
+    resume = arguments.resume == "auto"
+    run_dir = open_run_dir(config, data, resume=resume, config_file=arguments.config)
     if arguments.check or run_dir.is_finished():
         if rank_info.is_main:
             print(f"{run_dir.path}: {run_dir.newest()} of {data.max_steps} steps done")
@@ -55,7 +57,7 @@ def main() -> None:
     from kantai.training.trainer import train
 
     if not record(train)(run_dir, rank_info):
-        sys.exit(EXIT_STOPPED)
+        sys.exit(exit_code_when_stopped())
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     rank_info = RankInfo.from_environment()
     config = load_config(arguments.config, overrides)
-    data = open_data(config, hashes=rank_info.is_main)
+    data = open_data(config, hashes=rank_info.local_rank == 0)
     from kantai.diagnostics.verify import (
         certify,
     )  # imports torch, which bad input need not wait for

@@ -11,7 +11,17 @@ from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: all is saved, and the same command goes on
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"
 _received: list[signal.Signals] = []
+
+
+def exit_code_when_stopped() -> int:
+    """The exit code of a run that was asked to stop and has saved all.
+
+    Under ``torchrun --max-restarts`` it is 0: any other code starts the ranks again.
+    """
+    restarts = os.environ.get(_RESTARTS, "0")
+    return 0 if restarts not in ("", "0") else EXIT_STOPPED
 
 
 class StopSignals:

@@ -16,7 +16,8 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from kantai.config.conversion import RENAMED
-from kantai.config.schema import MAY_CHANGE, Config
+from kantai.config.schema import MAY_CHANGE, MAY_CHANGE_WITHOUT_DROPOUT, Config
+from kantai.config.synonyms import hint
 from kantai.errors import UserError
 from kantai.output import redact_all
 
@@ -69,7 +70,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     tree = {key: value for key, value in tree.items() if value is not None}
     for override in overrides:
         _lay_over(tree, override)
-    return tree
+    return _with_python_s_none(tree)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -84,17 +85,29 @@ def to_yaml(tree: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Flat ``a.b -> value`` of all settings."""
     values = redact_all(config.model_dump())
     found = {}
-    for key, field in schema(Config):
-        if field.json_schema_extra != MAY_CHANGE:
-            value: Any = values
-            for part in key.split("."):
-                value = value[part]
-            found[key] = value
+    for key, _ in schema(Config):
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
     return found
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Flat ``a.b -> value`` of the settings that may not change between a run's starts."""
+    may_change = changeable_settings()
+    if not config.model.has_dropout:
+        may_change |= changeable_settings(MAY_CHANGE_WITHOUT_DROPOUT)
+    return {key: value for key, value in flat_settings(config).items() if key not in may_change}
+
+
+def changeable_settings(mark: dict[str, Any] = MAY_CHANGE) -> set[str]:
+    """The settings that are marked so in the schema."""
+    return {key for key, field in schema(Config) if field.json_schema_extra == mark}
 
 
 def default_settings() -> dict[str, Any]:
@@ -107,18 +120,66 @@ def default_settings() -> dict[str, Any]:
     }
 
 
-def refuse_other_run(config: Config, saved: Config) -> None:
-    """Refuse a config that differs from its run's in a setting that decides the result."""
-    before = fixed_settings(saved)
+def refuse_other_run(config: Config, saved: Config, *, of_stream: bool = False) -> None:
+    """Refuse a config that differs from its run's in a setting that decides the result.
+
+    Args:
+        of_stream: only what the model is shown counts, and not how it is dealt to micro-steps.
+    """
+    passed_over = changeable_settings(MAY_CHANGE_WITHOUT_DROPOUT) if of_stream else set()
+    before = flat_settings(saved)
     now = fixed_settings(config)
     changed = [
-        f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]
+        f"{key} was {as_written(before[key])} and is {as_written(now[key])}"
+        for key in now
+        if before[key] != now[key] and key not in passed_over
     ]
     if changed:
         raise UserError(
             f"{config.run_dir} belongs to a run of another config: {'; '.join(changed)}. "
-            "Give a new --run_dir=..., or the old values to continue that run"
+            "What decides the result is fixed for a run: give a new --run_dir=..., or the old "
+            "values to continue that run"
         )
+
+
+def as_begun(
+    config: Config, begun: Config, overrides: Sequence[str]
+) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+    """A config with the fixed settings that its run began with, but for those that are overridden.
+
+    Returns:
+        The config, and by key what was in it and what the run began with.
+    """
+    now = flat_settings(config)
+    before = fixed_settings(begun)
+    lengths = {"training.max_steps", "training.epochs"}  # a run has one of the two
+    given = {override.removeprefix("--").split("=")[0] for override in overrides}
+    if any(_is_within(length, given) for length in lengths):
+        given |= lengths
+    kept = {
+        key: (now[key], value)
+        for key, value in before.items()
+        if now[key] != value and not _is_within(key, given)
+    }
+    tree = config.model_dump()
+    for key, (_, value) in kept.items():
+        *sections, last = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
+        branch[last] = value
+    return Config.model_validate(tree), kept
+
+
+def _is_within(key: str, given: set[str]) -> bool:
+    """Whether a setting or the section that it is in was given."""
+    parts = key.split(".")
+    return any(".".join(parts[:length]) in given for length in range(1, len(parts) + 1))
+
+
+def as_written(value: Any) -> str:
+    """A value as a user would write it: null and true, where Python says None and True."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def describe() -> str:
@@ -128,8 +189,7 @@ def describe() -> str:
         default = "required"
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
-            # As YAML has it: null and true, where Python says None and True.
-            default = f"default {value if isinstance(value, str) else json.dumps(value)}"
+            default = f"default {value if isinstance(value, str) else as_written(value)}"
         kind = type_in_words(field.annotation)
         lines.append(f"  --{key}=...\n      {field.description} ({kind}; {default})")
     return "\n".join(lines)
@@ -169,8 +229,18 @@ def _yaml() -> YAML:
     return yaml
 
 
+def _with_python_s_none(tree: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Take None, which YAML holds to be a text, for null where no text is wanted."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _with_python_s_none(value, f"{section}{key}.")
+        elif value == "None" and f"{section}{key}" not in _TEXTS:
+            tree[key] = None
+    return tree
+
+
 def _lay_over(tree: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"--([\w.]+)=(.*)", override, re.DOTALL)
+    match = re.fullmatch(r"--([\w.-]+)=(.*)", override, re.DOTALL)
     if match is None:
         raise UserError(
             f"cannot read the argument {override!r}: settings are given as --section.key=value"
@@ -213,16 +283,23 @@ def _in_words(error: ValidationError, path: str | Path) -> str:
                 f"{where} is called {now} now; python scripts/convert.py {path} renames it in a "
                 "file or run directory of kantai 0.1"
             )
-        known = [key for key, _ in schema(Config)] + list(Config.model_fields)
-        near = difflib.get_close_matches(where, known, n=1, cutoff=0) if where else []
-        hint = f"; the nearest known one is {near[0]!r}" if near else ""
-        return f"unknown key {where!r}{hint}"
+        return f"unknown key {where!r}; {_what_was_meant(where)}"
     if first["type"] == "missing":
         return f"{where} is missing; add it to the file or give --{where}=..."
     is_section = isinstance(first["input"], dict | BaseModel)
     given = "" if is_section else f", not {first['input']!r}"
     reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{where}: {reason}{given}" if where else f"{reason}{given}"
+
+
+def _what_was_meant(unknown: str) -> str:
+    settings = [key for key, _ in schema(Config)]
+    meant = hint(unknown, settings)
+    if meant is not None:
+        return meant
+    near = difflib.get_close_matches(unknown, [*settings, *Config.model_fields], n=1)
+    # Without a likely one, a guess would mislead.
+    return f"the nearest known one is {near[0]!r}" if near else "pretrain.py --help lists all"
 
 
 def _with_absolute_paths(config: Config) -> Config:

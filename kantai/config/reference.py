@@ -39,8 +39,15 @@ key.
 | `configs/roberta-large.yaml` | the same for the large model |
 
 **On resume**, a setting marked *yes* may differ from the run's last start: it changes speed, place
-or reporting, and not the result. Any other difference is refused, with the key and both values.
-What a config leaves out is taken from the settings that the run recorded in `RUN/config.yaml`.
+or reporting, and not the result. (`spike_factor` is one, so that a run that is falsely found to
+spike can go on.) Any other difference is refused, with the key and both values: a run has one
+learning rate, one precision and one seed from its first step to its last, and a change of them is a
+new run. What a config leaves out is taken from the settings that the run recorded in
+`RUN/config.yaml`.
+
+If the file that a run began with is edited later, the run goes on with the settings it began with,
+and its first lines say what the file says differently. Settings marked *yes* are taken up. A value
+given on the command line is never passed over: one that would change the result is refused.
 
 """
 _TYPES = {
@@ -87,7 +94,8 @@ def _section(title: str, section: dict[str, Any], note: str = "") -> str:
     ]
     for key, field in section["properties"].items():
         default = "required" if key in required else _code(field.get("default"))
-        resume = "yes" if field.get("may_change") else "no"
+        may_change = field.get("may_change", False)
+        resume = {True: "yes", False: "no"}.get(may_change, may_change)
         cells = [f"`{key}`", " or ".join(_kinds(field)), default, resume, field["description"]]
         lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
     return "\n".join([*lines, ""])

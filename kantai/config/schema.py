@@ -18,6 +18,8 @@ NotNegative = Annotated[int, Field(ge=0)]
 # A field so marked may differ when a run is resumed: it changes the run's speed or its folders, not
 # its result.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
+# Dropout is drawn anew for each micro-step, so what decides their size then decides the result.
+MAY_CHANGE_WITHOUT_DROPOUT: dict[str, Any] = {"may_change": "without dropout"}
 
 
 class Section(BaseModel):
@@ -136,6 +138,11 @@ class ModelConfig(Section):
         "tokenizer's id of <pad> is above 1",
     )
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped at random."""
+        return max(self.hidden_dropout_prob, self.attention_probs_dropout_prob) > 0
+
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
         if self.hidden_size % self.num_attention_heads:
@@ -156,7 +163,7 @@ class BatchConfig(Section):
     micro_batch_size: Positive = Field(
         32,
         description="most sequences that a rank computes at once: what fits its memory",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=MAY_CHANGE_WITHOUT_DROPOUT,
     )
 
 
@@ -249,6 +256,7 @@ class FailuresConfig(Section):
         gt=1,
         description="a step is skipped when its loss or gradient norm is this many times the "
         "median of the last 100 steps; null: only when one is not finite",
+        json_schema_extra=MAY_CHANGE,
     )
     hang_seconds: Positive = Field(
         1800,

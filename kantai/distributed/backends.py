@@ -65,8 +65,9 @@ def make_backend(
     clip_norm = max_grad_norm or math.inf
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
-        name = str(accelerator.distributed_type.value)
-        return PyTorch(accelerator, model, optimizer, clip_norm), name
+        backend = PyTorch(accelerator, model, optimizer, clip_norm)
+        is_ddp = isinstance(backend.model, DistributedDataParallel)
+        return backend, "PyTorch DDP" if is_ddp else "PyTorch"
     stage: int = plugin.deepspeed_config["zero_optimization"]["stage"]
     if stage == 0:
         return DeepSpeedDDP(accelerator, model, optimizer, clip_norm), "DeepSpeed ZeRO-0"

@@ -1,5 +1,8 @@
 """What a DeepSpeed config may say, and what it must say to serve us."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from kantai.errors import UserError
@@ -41,6 +44,63 @@ _HARMLESS_TO_ZERO = {
     "stage3_prefetch_bucket_size",
 }
 _HARMLESS_TO_OFFLOAD = {"device", "nvme_path", "pin_memory"}
+
+
+# Sizes that follow from the run's own settings.
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def refuse_contradictions(environment: Mapping[str, str], max_grad_norm: float) -> None:
+    """Refuse what the launcher or its DeepSpeed file ask for and the run would not do.
+
+    Raises:
+        UserError: the file is missing or is no DeepSpeed config, or it or the launcher says another
+            batch size or clipping than the run's settings.
+    """
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    config = {} if path == "none" else _read(Path(path))
+    for name in _SIZES:
+        if config.get(name, "auto") != "auto":
+            raise UserError(
+                f"the DeepSpeed config {path} sets {name} {config[name]!r}: leave that out; "
+                "batch.global_batch_size and batch.micro_batch_size decide"
+            )
+    clipping = config.get("gradient_clipping", environment.get("ACCELERATE_GRADIENT_CLIPPING"))
+    if clipping in (None, "none", "auto"):
+        return
+    if _number(clipping) != max_grad_norm:
+        raise UserError(
+            f"DeepSpeed is asked for gradient_clipping {clipping}, and optimizer.max_grad_norm is "
+            f"{max_grad_norm}: leave gradient_clipping out, or give "
+            f"--optimizer.max_grad_norm={clipping}"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file, which has at least a ZeRO stage."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the deepspeed_config_file {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the deepspeed_config_file {path} is not JSON: {error}") from None
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        raise UserError(
+            f"the deepspeed_config_file {path} has no zero_optimization with a stage from 0 to 3"
+        )
+    for part in ("offload_optimizer", "offload_param", "bf16", "fp16"):
+        section = config.get(part) if part in ("bf16", "fp16") else zero.get(part)
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"the deepspeed_config_file {path}: {part} is no section")
+    return dict(config)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def complete(config: dict[str, Any], max_grad_norm: float) -> None:

@@ -9,7 +9,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from kantai.config.schema import OptimizerConfig, TrainingConfig
 from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.rng import dropout_seed
+from kantai.distributed.agreement import refuse_disagreement
 from kantai.distributed.backends import make_backend
 from kantai.distributed.launch import join
 from kantai.distributed.loss_scale import LossScale
@@ -81,6 +82,7 @@ class Engine:
         *,
         seed: int,
         timeout_seconds: float | None = None,
+        in_common: Mapping[str, Any] | None = None,
     ) -> None:
         """Join the other ranks.
 
@@ -88,16 +90,21 @@ class Engine:
             seed: of dropout.
             timeout_seconds: after which a collective that not all ranks have come to ends them;
                 None: the backend's default.
+            in_common: what all ranks must have alike, by name.
 
         Raises:
-            UserError: the world or the backend is not the one that the launcher announced.
+            UserError: the world or the backend is not the one that the launcher announced, or the
+                ranks do not agree on the run.
         """
         self.rank_info = rank_info
         self.raw_model = model
         self.precision = training.precision
         self.heartbeat: Callable[[], None] = lambda: None
         self.loss_scale = LossScale(training.precision)
-        self.accelerator = join(rank_info, optimizer.max_grad_norm, timeout_seconds)
+        self.accelerator = join(
+            rank_info, optimizer.max_grad_norm, training.precision, timeout_seconds
+        )
+        self._agree(in_common or {})
         self._seed = seed
         model.compute_dtype = _DTYPES[training.precision]
         plugin = self.accelerator.state.deepspeed_plugin
@@ -114,10 +121,29 @@ class Engine:
         self.model = self.backend.model
         self._host: dict[str, Tensor] = {}
 
+    def _agree(self, in_common: Mapping[str, Any]) -> None:
+        """Compare with the other ranks before the backend deals a model that may differ."""
+        state = self.accelerator.state
+        deepspeed = state.deepspeed_plugin and state.deepspeed_plugin.deepspeed_config
+        backend = {"backend": state.distributed_type.value, "DeepSpeed config": deepspeed}
+        refuse_disagreement({**in_common, **backend}, platform.node(), self.from_all)
+
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
         return torch.device(self.accelerator.device)
+
+    @property
+    def description(self) -> str:
+        """Devices, backend and precision in words, for people."""
+        ranks = self.rank_info.world_size
+        kind = self.device.type.upper()
+        if self.device.type == "cuda":
+            kind = torch.cuda.get_device_name(self.device)
+        backend = self.backend_name
+        if torch.distributed.is_initialized():
+            backend += f" over {torch.distributed.get_backend()}"
+        return f"{ranks} x {kind}: {backend}, precision {self.precision}"
 
     def train_step(
         self,

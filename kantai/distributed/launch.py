@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from kantai.cluster.environment import RankInfo
-from kantai.distributed.deepspeed_config import complete
+from kantai.distributed.deepspeed_config import complete, refuse_contradictions
 from kantai.errors import UserError
 
 # Options of glibc's mallopt, from malloc.h.
@@ -20,13 +20,20 @@ _M_MMAP_MAX = -4
 
 
 def join(
-    rank_info: RankInfo, max_grad_norm: float, timeout_seconds: float | None = None
+    rank_info: RankInfo,
+    max_grad_norm: float,
+    precision: str,
+    timeout_seconds: float | None = None,
 ) -> Accelerator:
     """The accelerator of this rank, whose collectives end after ``timeout_seconds``.
 
     Raises:
-        UserError: the world, the backend or DeepSpeed's precision is not what was asked for.
+        UserError: the world or the backend is not what was asked for, or the launcher asks for
+            something that the run's settings contradict.
     """
+    _refuse_contradictions(precision)
+    if deepspeed_announced():
+        refuse_contradictions(os.environ, max_grad_norm)
     on_cpu = not torch.cuda.is_available()
     uses_deepspeed = deepspeed_announced()
     if on_cpu:
@@ -54,6 +61,29 @@ def join(
     if uses_deepspeed:
         complete(accelerator.state.deepspeed_plugin.deepspeed_config, max_grad_norm)
     return accelerator
+
+
+def _refuse_contradictions(precision: str) -> None:
+    """Refuse what a launcher's file or flags ask for and the run would not do."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise UserError(
+            f"the launcher asks for mixed_precision {asked}, and training.precision is "
+            f"{precision}: give --training.precision={asked} for that, or the launcher "
+            "mixed_precision: no (docs/distributed.md)"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise UserError(
+            f"the launcher asks for dynamo_backend {compiler}: leave that out, and give "
+            "--training.compile=true"
+        )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        raise UserError(
+            f"the launcher asks for gradient_accumulation_steps {steps}: leave that out; they "
+            "follow from batch.global_batch_size, batch.micro_batch_size and the ranks"
+        )
 
 
 def deepspeed_announced() -> bool:

@@ -98,7 +98,7 @@ def _convert_checkpoint(store: CheckpointStore, before: Path, config: Config) ->
     step = int(manifest["update"])
     lineage = _renamed(manifest["lineage"])
     settings = fixed_settings(config)
-    if lineage["config"] != digest(_settings_before(settings)):
+    if lineage["config"] != digest(_settings_before(config)):
         raise UserError(
             f"{before} was made with other settings than {CONFIG_FILE} says: bring that back to "
             "what it was"
@@ -134,8 +134,11 @@ def _renamed(record: dict[str, Any]) -> dict[str, Any]:
     return {_KEYS.get(key, key): value for key, value in record.items()}
 
 
-def _settings_before(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under the names that they had in kantai 0.1, as its checkpoints know them."""
+def _settings_before(config: Config) -> dict[str, Any]:
+    """The fixed settings of kantai 0.1 under their names there, as its checkpoints know them."""
+    settings = fixed_settings(config)
+    settings.pop("batch.micro_batch_size", None)  # which might change then
+    settings["failures.spike_factor"] = config.failures.spike_factor  # which might not
     before = {new: old for old, new in RENAMED.items()}
     stages = [
         {

@@ -6,7 +6,7 @@ Looking at one imports no torch, so it takes a second.
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,18 @@ from typing import Any
 import kantai
 from kantai.checkpoint.store import CheckpointStore
 from kantai.config.loading import (
+    as_begun,
+    as_written,
+    changeable_settings,
     default_settings,
     fixed_settings,
+    flat_settings,
     load_config,
     read_settings,
     refuse_other_run,
     save_config,
 )
-from kantai.config.schema import Config
+from kantai.config.schema import MAY_CHANGE_WITHOUT_DROPOUT, Config
 from kantai.data.dataset import Data, open_data, stream_version
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
@@ -33,6 +37,7 @@ CONFIG_FILE = "config.yaml"
 VERSION_FILE = "version.json"
 PROMPTS_FILE = "prompts.txt"
 FORMAT = 2  # of run directories: the names of their files and of what is in them
+_DATA_KEYS = ("shards", "tokenizer")  # of the lineage
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -43,6 +48,7 @@ class RunDir:
     path: Path
     config: Config
     data: Data
+    config_file: Path | None = None  # which the config came from
 
     @cached_property
     def store(self) -> CheckpointStore:
@@ -75,7 +81,27 @@ class RunDir:
                 f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring "
                 "one back from a copy, or remove that folder to begin with step 0"
             )
+        begun_with = _read_version(self.path)
+        if begun_with.keys() >= set(_DATA_KEYS):  # it may have steps that are not saved yet
+            self._check_data(self.path, begun_with)
         return 0
+
+    def take_over(self) -> int:
+        """Make this start the only one that may write. For one process alone.
+
+        Returns:
+            The step of the newest valid checkpoint.
+
+        Raises:
+            UserError: the run belongs to other settings or data. It is as it was, and a start that
+                is at work goes on.
+        """
+        self.newest()  # a start that is refused must not end the one that runs
+        if not (self.path / CONFIG_FILE).exists():
+            self.create()  # nobody has begun, and a folder without it is no run directory
+        self.store.supersede()
+        self.create()
+        return self.newest(set_aside=True)
 
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
@@ -83,7 +109,10 @@ class RunDir:
         # The config comes first: it is what makes a folder a run directory.
         with replaced(self.path / CONFIG_FILE) as partial:
             save_config(self.config, partial)
-        save_version(self.path)
+        begun_with = {key: self.lineage[key] for key in _DATA_KEYS}
+        if self.config_file is not None:
+            begun_with["config_file"] = str(self.config_file)
+        save_version(self.path, begun_with)
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
         text = "".join(f"{prompt}\n" for prompt in prompts)
         (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
@@ -108,20 +137,41 @@ class RunDir:
             },
         }
 
+    @property
+    def in_common(self) -> dict[str, Any]:
+        """What all ranks of a start must have alike, by name.
+
+        A node may keep shards and tokenizer in folders of its own, and read them in its own way.
+        """
+        lineage = self.lineage
+        settings = flat_settings(self.config)
+        of_node = {key for key in settings if key.startswith("data.")} - lineage["settings"].keys()
+        libraries = {f"version of {name}": lineage["versions"][name] for name in _LIBRARIES}
+        return {
+            **{key: value for key, value in settings.items() if key not in of_node},
+            **libraries,
+            "digest of data.shards": lineage["shards"],
+            "digest of data.tokenizer": lineage["tokenizer"],
+            "digest of kantai's code": lineage["code"],
+        }
+
+    def _check_data(self, made_by: Path, theirs: dict[str, Any]) -> None:
+        is_same = {
+            "shards": theirs.get("shards") == self.lineage["shards"],
+            "tokenizer": self.data.vocabulary.has_fingerprint(theirs.get("tokenizer")),
+        }
+        for key in _DATA_KEYS:
+            if not is_same[key]:
+                raise UserError(
+                    f"{made_by} was trained on other {key} than "
+                    f"{getattr(self.config.data, key)}: name those of its start"
+                )
+
     def _check_lineage(self, step: int, lineage: Any) -> None:
         theirs = lineage if isinstance(lineage, dict) else {}
         checkpoint = self.store.path(step)
         self._check_settings(checkpoint, theirs.get("settings"))
-        same = {
-            "shards": theirs.get("shards") == self.lineage["shards"],
-            "tokenizer": self.data.vocabulary.has_fingerprint(theirs.get("tokenizer")),
-        }
-        for key, is_same in same.items():
-            if not is_same:
-                raise UserError(
-                    f"{checkpoint} was trained on other {key} than "
-                    f"{getattr(self.config.data, key)}: name those of its start"
-                )
+        self._check_data(checkpoint, theirs)
         known = SkippedData.of(self.path)
         skipped = theirs.get("skipped_data", [])
         windows = {str(list(window)) for window in known.windows}
@@ -137,7 +187,12 @@ class RunDir:
             raise UserError(f"{checkpoint} does not say with which settings it was made")
         ours = self.lineage["settings"]
         defaults = default_settings()
-        for key in sorted(ours.keys() | theirs.keys()):
+        known = flat_settings(self.config)
+        # What an earlier release did not hold to be fixed, its checkpoints do not say.
+        unsaid = changeable_settings(MAY_CHANGE_WITHOUT_DROPOUT) - theirs.keys()
+        for key in sorted((ours.keys() | theirs.keys()) - unsaid):
+            if key in known and key not in ours:
+                continue  # an earlier release held it to be fixed
             if key not in ours:
                 raise UserError(
                     f"{checkpoint} was made with {key}, which this release does not know"
@@ -145,16 +200,23 @@ class RunDir:
             before = theirs.get(key, defaults.get(key))
             if before != ours[key]:
                 raise UserError(
-                    f"{checkpoint} was made with {key} {before!r}, and {self.path / CONFIG_FILE} "
-                    f"says {ours[key]!r}: bring that back to what it was"
+                    f"{checkpoint} was made with {key} {as_written(before)}, and "
+                    f"{self.path / CONFIG_FILE} says {as_written(ours[key])}: bring that back to "
+                    "what it was"
                 )
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(
+    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+) -> Config:
     """Load a config; what it leaves out is as the run recorded it, if the run has begun.
 
-    So a default may change in a later release, and a run goes on as it began. A run directory of
-    another release is refused.
+    So a default may change in a later release, and a run goes on as it began. It also does so if
+    the file that it began with has been edited since: a job in a queue has no one to ask. A run
+    directory of another release is refused.
+
+    Args:
+        say: told each edit that is not taken up.
     """
     run_dir = read_settings(path, overrides).get("run_dir")
     if not isinstance(run_dir, str):
@@ -163,14 +225,27 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not recorded.is_file():
         return load_config(path, overrides)
     check_version(recorded.parent)
-    return load_config(path, overrides, load_config(recorded))
+    begun = load_config(recorded)
+    config = load_config(path, overrides, begun)
+    if _read_version(recorded.parent).get("config_file") != str(Path(path).absolute()):
+        return config
+    config, edits = as_begun(config, _begun_with(recorded.parent, config), overrides)
+    for key, (now, before) in edits.items():
+        say(
+            f"note: {path} says {key} {as_written(now)} now. This run goes on with "
+            f"{as_written(before)}, as it began; give a new --run_dir=... to train with the new one"
+        )
+    return config
 
 
-def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
+def open_run_dir(
+    config: Config, data: Data, *, resume: bool = True, config_file: str | Path | None = None
+) -> RunDir:
     """Look whether a run may start or go on in its directory; writes nothing.
 
     Args:
         resume: go on where there is something to go on from.
+        config_file: which the config came from.
 
     Raises:
         UserError: the directory is another run's, or no run's, or of another release, or there is
@@ -186,10 +261,24 @@ def open_run_dir(config: Config, data: Data, *, resume: bool = True) -> RunDir:
                 "--run_dir=..."
             )
         check_version(path)
-        refuse_other_run(config, load_config(path / CONFIG_FILE))
+        refuse_other_run(config, _begun_with(path, config))
     elif path.exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
-    return RunDir(path, config, data)
+    origin = None if config_file is None else Path(config_file).absolute()
+    return RunDir(path, config, data, origin)
+
+
+def _begun_with(run_dir: Path, config: Config) -> Config:
+    """The settings that a run began with.
+
+    Until it has saved anything, its micro-batch size is the config's: the first step of many a run
+    ends for want of memory.
+    """
+    begun = load_config(run_dir / CONFIG_FILE)
+    if CheckpointStore(run_dir).steps():
+        return begun
+    rows = {"micro_batch_size": config.batch.micro_batch_size}
+    return begun.model_copy(update={"batch": begun.batch.model_copy(update=rows)})
 
 
 def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
@@ -225,10 +314,15 @@ def saved_config(run_dir: str | Path) -> Config:
     return load_config(path).model_copy(update=moved)
 
 
-def save_version(run_dir: Path) -> None:
-    """Say which release a run directory is of, and which data stream its run is shown."""
+def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> None:
+    """Say which release a run directory is of, and which data stream its run is shown.
+
+    Args:
+        begun_with: digests of shards and tokenizer, and the config file, where they are known.
+    """
     stream = stream_version_of(run_dir)
-    version = {"kantai": kantai.__version__, "format": FORMAT, "stream": stream}
+    release = {"kantai": kantai.__version__, "format": FORMAT, "stream": stream}
+    version = {**release, **(begun_with or {})}
     with replaced(run_dir / VERSION_FILE) as partial:
         partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
 
@@ -240,25 +334,33 @@ def stream_version_of(run_dir: Path) -> int:
     return stream_version(unit or "token")
 
 
-def check_version(run_dir: Path) -> None:
-    """Refuse a run directory that this release would misread, or continue with other data."""
+def _read_version(run_dir: Path) -> dict[str, Any]:
+    """What :func:`save_version` wrote; nothing where it did not."""
     path = run_dir / VERSION_FILE
     if not path.exists():
+        return {}
+    try:
+        version = json.loads(path.read_text(encoding="utf-8"))
+        release = {key: int(version[key]) for key in ("format", "stream")}
+        return {**version, **release, "kantai": str(version["kantai"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: bring it back from a copy") from None
+
+
+def check_version(run_dir: Path) -> None:
+    """Refuse a run directory that this release would misread, or continue with other data."""
+    version = _read_version(run_dir)
+    if not version:
         if any((run_dir / "checkpoints").glob("update-*")) or _has_old_settings(run_dir):
             raise UserError(
                 f"{run_dir} is a run of kantai 0.1: convert it, once, with "
                 f"python scripts/convert.py {run_dir}"
             )
         return
-    try:
-        version = json.loads(path.read_text(encoding="utf-8"))
-        release = str(version["kantai"])
-        run_format = int(version["format"])
-        stream = int(version["stream"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: bring it back from a copy") from None
-    if run_format != FORMAT or stream != stream_version_of(run_dir):
-        fault = "names its files otherwise" if run_format != FORMAT else "would show it other data"
+    release = version["kantai"]
+    is_named_otherwise = version["format"] != FORMAT
+    if is_named_otherwise or version["stream"] != stream_version_of(run_dir):
+        fault = "names its files otherwise" if is_named_otherwise else "would show it other data"
         raise UserError(
             f"{run_dir} is a run of kantai {release}, and this release ({kantai.__version__}) "
             f"{fault}: continue it with kantai {release}"

@@ -1,7 +1,9 @@
 """The training loop: batches in, steps done, metrics and checkpoints out."""
 
+import platform
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,7 @@ from kantai.errors import UserError
 from kantai.evaluation.held_out import fill_masks, held_out_score
 from kantai.model.roberta import build_model
 from kantai.optim.schedule import learning_rate
+from kantai.storage.atomic import Damaged, digest, verify
 from kantai.training.checkpointer import Checkpointer
 from kantai.training.loss_monitor import LossMonitor
 from kantai.training.run_dir import RunDir
@@ -50,6 +53,14 @@ def _is_lost_rank(error: Exception) -> bool:
     return "connection" in str(error).lower()
 
 
+def _read_checkpoint(path: Path, *, hashes: bool) -> tuple[str, str]:
+    """The digest of a checkpoint's manifest, and what is wrong with its files."""
+    try:
+        return digest(verify(path, hashes=hashes)), ""
+    except (Damaged, OSError) as error:
+        return "", str(error)
+
+
 class Trainer:
     """One start of a run."""
 
@@ -73,6 +84,7 @@ class Trainer:
             seed=data.seed,
             # The watchdog is to speak first.
             timeout_seconds=failures.hang_seconds + _SECONDS_TO_DUMP_STACKS,
+            in_common=run_dir.in_common,
         )
         self.engine.heartbeat = self.watchdog.kick
         self.store = run_dir.store
@@ -84,10 +96,12 @@ class Trainer:
         self.skipped_data = SkippedData.of(run_dir.path)
         self.stage: Stage | None = None
         self.evaluation_seconds = 0.0
+        self.trains_since = time.monotonic()
 
     def train(self) -> bool:
         """The loop. Returns whether all steps are done."""
         done = self.resume()
+        self.trains_since = time.monotonic()
         stops = False
         while done < self.max_steps and not stops:
             for step, micro_batches, waited_seconds in self.batches_from(done):
@@ -114,9 +128,9 @@ class Trainer:
 
     def resume(self) -> int:
         """Supersede earlier starts and load the newest valid checkpoint. Returns the steps done."""
-        done = self.engine.on_main(self._supersede)
+        done = self.engine.on_main(self.run_dir.take_over)
         if done:
-            self.engine.load_state(self.store.path(done))
+            self._load(done)
         self.logger = RunLogger(
             self.run_dir.path,
             self.store,
@@ -129,6 +143,7 @@ class Trainer:
         parameters = self.engine.raw_model.parameters()
         count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         self.logger.say(f"model: {count:,} parameters; {self.max_steps} steps, {done} done")
+        self.logger.say(f"on {self.engine.description}")
         stacks = self.run_dir.path / "stacks"
         if self.watchdog.dump_to(stacks / f"rank-{self.engine.rank_info.rank:05d}.txt"):
             self.logger.say(f"an earlier start hung: see {stacks}")
@@ -203,7 +218,7 @@ class Trainer:
         """Go back to the newest valid checkpoint and skip the data after it. Returns its step."""
         self.publish()
         back = self.engine.on_main(lambda: self._skip_data(done))
-        self.engine.load_state(self.store.path(back))
+        self._load(back)
         self._restart_from(back)
         self.logger.say(f"back to step {back}; the data of steps {back} to {done - 1} is skipped")
         return back
@@ -258,17 +273,32 @@ class Trainer:
         self.publish()
         if done < self.max_steps:
             self.logger.say(
-                f"asked to stop ({self.stopping.reason()}): saved step {done} of "
+                f"asked to stop ({self.stopping.reason()}) after "
+                f"{time.monotonic() - self.trains_since:.0f} s of training: saved step {done} of "
                 f"{self.max_steps}; the same command goes on from there"
             )
         self.logger.finish()
         self.watchdog.stop()
         self.engine.leave()
 
-    def _supersede(self) -> int:
-        self.run_dir.create()
-        self.store.supersede()
-        return self.run_dir.newest(set_aside=True)
+    def _load(self, step: int) -> None:
+        """Load a checkpoint, if every rank reads what rank 0 has verified.
+
+        Raises:
+            UserError: a rank reads other bytes; the message names it and its node.
+        """
+        path = self.store.path(step)
+        is_main = self.engine.rank_info.is_main
+        found = self.engine.from_all((platform.node(), *_read_checkpoint(path, hashes=not is_main)))
+        for rank, (node, manifest, damage) in enumerate(found):
+            if damage or manifest != found[0][1]:
+                fault = damage or "its manifest is another than rank 0's"
+                raise UserError(
+                    f"rank {rank} ({node}) reads another checkpoint {path} than rank 0: {fault}. "
+                    "All ranks must see one run directory; if they do, the node's memory or disk "
+                    "is faulty: leave it out"
+                )
+        self.engine.load_state(path)
 
     def _restart_from(self, done: int) -> None:
         """Take up metrics, their history and the skipped data as they are behind a checkpoint."""
@@ -296,7 +326,7 @@ class Trainer:
         if back == 0:
             raise UserError(
                 "loss or gradient are no finite numbers, and no checkpoint was saved before: "
-                "lower optimizer.learning_rate"
+                "lower optimizer.learning_rate, in a new run (--run_dir=...)"
             )
         rollbacks = [from_step for from_step, _, _ in self.skipped_data.windows]
         if rollbacks.count(back) == _MAX_ROLLBACKS:

@@ -10,13 +10,16 @@ import pytest
 import yaml
 
 from kantai.config.loading import (
+    as_written,
     describe,
     fixed_settings,
     load_config,
     refuse_other_run,
     save_config,
+    schema,
 )
 from kantai.config.schema import Config
+from kantai.config.synonyms import SYNONYMS
 from kantai.errors import UserError
 from tests.helpers.commands import ROOT
 
@@ -231,6 +234,7 @@ CHANGES = {
     "model.hidden_size": 1536,
     "model.vocab_size": 1024,
     "batch.global_batch_size": 255,
+    "batch.micro_batch_size": 4,  # with dropout, which is the default
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 1,
 }
@@ -242,9 +246,9 @@ MAY_CHANGE = {
     "data.verify_hashes": True,
     "data.cache_dir": "/elsewhere",
     "data.cache_gb": 1.0,
-    "batch.micro_batch_size": 4,
     "checkpoint.every_steps": 5,
     "checkpoint.keep": 9,
+    "failures.spike_factor": None,
     "failures.hang_seconds": 9,
     "failures.compare_replicas_every": 5,
     "training.compile": True,
@@ -261,7 +265,7 @@ def test_run_refuses_changed_result_setting(tmp_path: Path, key: str, value: obj
         refuse_other_run(with_value(config, key, value), config)
     assert f"belongs to a run of another config: {key} was " in str(
         error.value
-    ) and f" and is {value!r}. " in str(error.value)
+    ) and f" and is {as_written(value)}. " in str(error.value)
 
 
 @pytest.mark.parametrize(("key", "value"), MAY_CHANGE.items())
@@ -309,3 +313,68 @@ def test_duplicate_section_fails_and_empty_has_defaults(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text(text + "masking:\n")
     assert load_config(tmp_path / "empty.yaml", ["--masking.ratio=0.3"]).masking.ratio == 0.3
     assert load_config(tmp_path / "empty.yaml").masking.ratio == 0.15
+
+
+def test_micro_batch_size_may_change_without_dropout(tmp_path: Path) -> None:
+    dropout = ["--model.hidden_dropout_prob=0", "--model.attention_probs_dropout_prob=0"]
+    for given, message in ((dropout, None), (dropout[:1], "batch.micro_batch_size was 32 and is")):
+        config = load(tmp_path, SMALLEST, *given)
+        changed = with_value(config, "batch.micro_batch_size", 4)
+        if message is None:
+            refuse_other_run(changed, config)
+            continue
+        with pytest.raises(UserError, match=message):
+            refuse_other_run(changed, config)
+
+
+def test_refused_change_says_why(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    for key, value in (("optimizer.learning_rate", 1e-5), ("training.precision", "bf16")):
+        with pytest.raises(UserError, match="What decides the result is fixed for a run"):
+            refuse_other_run(with_value(config, key, value), config)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("fp16", "kantai's setting for it is 'training.precision'"),
+        ("training.bf16", "kantai's setting for it is 'training.precision'"),
+        ("optimizer.lr", "kantai's setting for it is 'optimizer.learning_rate'"),
+        ("output_dir", "kantai's setting for it is 'run_dir'"),
+        ("per_device_train_batch_size", "kantai's setting for it is 'batch.micro_batch_size'"),
+        ("local-rank", "local-rank is the launcher's: give it to accelerate launch"),
+        ("training.learning_rate", "the nearest known one is 'optimizer.learning_rate'"),
+        ("model.rope_theta", "pretrain.py --help lists all"),
+        ("x", "pretrain.py --help lists all"),
+    ],
+)
+def test_unknown_key_has_hint_that_leads_on(tmp_path: Path, key: str, hint: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, SMALLEST, f"--{key}=1")
+    assert f"unknown key {key!r}; {hint}" in str(error.value)
+
+
+def test_synonyms_lead_to_settings() -> None:
+    settings = dict(schema(Config))
+    for key, others in SYNONYMS.items():
+        assert key in settings
+        assert not {name for name in others if name in settings}
+
+
+def test_python_spelling_of_null_is_taken(tmp_path: Path) -> None:
+    given = ["--failures.spike_factor=None", "--data.cache_dir=None", "--training.compile=True"]
+    config = load(tmp_path, SMALLEST, *given)
+    assert config.failures.spike_factor is None
+    assert config.data.cache_dir is None
+    assert config.training.compile is True
+    config = load(tmp_path, SMALLEST + "\nfailures: {spike_factor: None}\n", "--run_dir=None")
+    assert config.failures.spike_factor is None
+    assert Path(config.run_dir).name == "None"  # a folder may be called so
+
+
+def test_micro_batch_size_is_no_part_of_the_stream(tmp_path: Path) -> None:
+    """inspect_data.py shows how a run is dealt to any ranks and micro-steps."""
+    config = load(tmp_path)
+    refuse_other_run(with_value(config, "batch.micro_batch_size", 4), config, of_stream=True)
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        refuse_other_run(with_value(config, "seed", 1), config, of_stream=True)

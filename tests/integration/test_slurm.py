@@ -7,7 +7,9 @@ trains a world of its own.
 
 import json
 import re
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kantai.checkpoint.store import CheckpointStore
 from kantai.storage.atomic import verify
-from tests.helpers.commands import TINY, pretrain, script
+from tests.helpers.commands import ROOT, TINY, pretrain, script
 from tests.helpers.runs import assert_same_run, metrics
 from tests.helpers.slurm_cluster import Cluster, running_cluster
 
@@ -191,7 +193,8 @@ def test_timed_out_and_preempted_job_gives_same_bits(
         "--export=KANTAI_SITE,SLURM_TIME_FORMAT=relative",
     )
     # On a slow machine, ranks that knew the real end time would stop before the signal.
-    site = "RANKS_PER_NODE=1 USE_NODES=2 SLURM_JOB_END_TIME=9999999999"
+    # A start of less than a minute may not pay for itself; the job is not to give up.
+    site = "RANKS_PER_NODE=1 USE_NODES=2 SLURM_JOB_END_TIME=9999999999 MAX_FRUITLESS=9"
     job = cluster.sbatch(*options, *PRETRAIN, "cpu", *how, f"--run_dir={run}", site=site)
 
     def restarts(at_least: int) -> bool:
@@ -473,3 +476,93 @@ def test_chain_excludes_bad_node_and_ends_failed_links(
             links[0]["NodeList"],
             "n5",
         }
+
+
+def test_srun_of_several_programs_is_refused(
+    cluster: Cluster, data_arguments: list[str], tmp_path: Path
+) -> None:
+    """Two tasks would be two worlds of one; one task, and a batch script, are one process."""
+    run = tmp_path / "run"
+    program = [sys.executable, ROOT / "scripts/pretrain.py", "--config", ROOT / PRETRAIN[1]]
+    text = shlex.join([*map(str, program), *data_arguments, f"--run_dir={run}", "--check"])
+    told = "they would train apart and supersede each other"
+
+    def ended(command: str) -> str:
+        return cluster.run("bash", "-c", f"PYTHONPATH={ROOT} {command} 2>&1; echo code $?")
+
+    printed = ended(f"srun -N2 -n2 {text}")
+    assert told in printed and "code 0" not in printed
+    assert told in ended(f"srun -N2 -n2 env {text}")
+    launched = "accelerate launch --config_file configs/accelerate/cpu.yaml --num_processes 2"
+    bin_dir = Path(sys.executable).parent
+    alone = text.removeprefix(f"{sys.executable} ")
+    assert told in ended(f"srun -N2 -n2 {bin_dir}/{launched} {alone}")
+    assert not run.exists()
+    assert "0 of 2000 steps done\ncode 0" in ended(f"srun -N1 -n1 {text}")
+    job = cluster.run(
+        "sbatch",
+        "--parsable",
+        "--wait",
+        "--ntasks=2",
+        f"--output={tmp_path}/batch.out",
+        f"--wrap=PYTHONPATH={ROOT} {text}",
+    )
+    assert cluster.job(job.strip())["JobState"] == "COMPLETED"
+    assert "0 of 2000 steps done" in (tmp_path / "batch.out").read_text()
+
+
+def test_superseded_job_ends_for_good(
+    cluster: Cluster, data_arguments: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    how = [*data_arguments, "--training.max_steps=1000000", f"--run_dir={run}"]
+    chain = ("--nodes=1", "--no-requeue", "--array=1-3%1")
+    first = cluster.sbatch(*chain, *PRETRAIN, "cpu", *how, site="RANKS_PER_NODE=1")
+    cluster.wait_until(lambda: steps_logged(run) > 0, job=first)
+    second = cluster.sbatch("--nodes=1", *PRETRAIN, "cpu", *how, site="RANKS_PER_NODE=1")
+    ended = cluster.wait(f"{first}_1")
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), cluster.all_logs()
+    assert "has started this run since, and goes on with it" in cluster.output(ended["JobId"])
+    for link in (2, 3):
+        cluster.wait_until(lambda link=link: f"{first}_{link} " not in queue(cluster), job=first)
+    third = cluster.sbatch("--nodes=1", *PRETRAIN, "cpu", *how, site="RANKS_PER_NODE=1")
+    ended = cluster.wait(second)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), cluster.all_logs()
+    assert cluster.job(third)["JobState"] == "RUNNING"
+    cluster.run("scancel", third)
+    cluster.wait(third)
+
+
+def queue(cluster: Cluster) -> str:
+    """Return the ids of waiting and running jobs, each with a space behind it."""
+    return cluster.run("squeue", "--noheader", "--array", "--format=%i ")
+
+
+def test_time_limit_that_pays_for_no_start_ends_job(
+    cluster: Cluster, data_arguments: list[str], tmp_path: Path
+) -> None:
+    """Each start does some steps, and takes longer to begin than it trains."""
+    run = tmp_path / "run"
+    config = tmp_path / "mine.yaml"
+    config.write_text((ROOT / PRETRAIN[1]).read_text())
+    job = cluster.sbatch(
+        "--nodes=1",
+        "--hold",
+        PRETRAIN[0],
+        config,
+        "cpu",
+        *data_arguments,
+        f"--run_dir={run}",
+        "--training.max_steps=1000000",
+        site="RANKS_PER_NODE=1; SLURM_JOB_END_TIME=$(($(date +%s) + 50))",
+    )
+    time.sleep(1.1)  # file times and SLURM's are whole seconds
+    config.write_text(config.read_text() + "failures: {hang_seconds: 900}\n")
+    cluster.run("scontrol", "release", job)
+    ended = cluster.wait(job)
+    printed = cluster.output(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), cluster.all_logs()
+    assert printed.count("does not pay for the start: raise --time") == 3
+    assert "gave up: 3 starts in a row that trained for less time than" in printed
+    assert steps_logged(run) > 0
+    assert re.search(r"note: .*mine.yaml was changed on .*, after this job was submitted", printed)

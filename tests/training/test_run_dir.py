@@ -22,6 +22,7 @@ from kantai.training.run_dir import (
     saved_config,
 )
 from tests.helpers.commands import CONFIG, TINY
+from tests.helpers.files import file_contents
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_run_of_max_steps_refuses_epochs(started_run: tuple[Path, list[str]]) ->
     path, _ = started_run
     small = path.parent / "small.yaml"
     small.write_text(f"run_dir: {path}\ntraining: {{epochs: 2}}\n")
-    with pytest.raises(UserError, match=r"training.max_steps was 2000 and is None"):
+    with pytest.raises(UserError, match=r"training.max_steps was 2000 and is null"):
         open_run(load_run_config(small))
 
 
@@ -182,3 +183,126 @@ def test_run_of_words_before_marks_belonged_to_them_is_refused(
         UserError, match=r"would show it other data: continue it with kantai 0\.1\.5"
     ):
         load_run_config(CONFIG, arguments)
+
+
+def edited_run(tmp_path: Path, where: list[str]) -> tuple[Path, list[str]]:
+    """Start a run of a config file, and return the file and the arguments."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(CONFIG.read_text())
+    arguments = [*TINY, *where]
+    config = load_run_config(path, arguments)
+    open_run_dir(config, open_data(config), config_file=path).create()
+    return path, arguments
+
+
+@pytest.fixture
+def where(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> list[str]:
+    data = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    return [*data, f"--run_dir={tmp_path / 'run'}"]
+
+
+def test_edited_config_file_does_not_change_begun_run(tmp_path: Path, where: list[str]) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    begun = saved_config(tmp_path / "run")
+    text = path.read_text()
+    for old, new in (
+        ("learning_rate: 0.001", "learning_rate: 0.002"),
+        ("max_steps: 2000", "epochs: 3"),
+        ("dropout_prob: 0.0", "dropout_prob: 0.5"),
+    ):
+        text = text.replace(old, new)
+    text += "\nseed: 5\nfailures: {hang_seconds: 77}\n"
+    path.write_text(text)
+    said: list[str] = []
+    config = load_run_config(path, arguments, said.append)
+    open_run(config)
+    assert fixed_settings(config) == fixed_settings(begun)
+    assert config.failures.hang_seconds == 77  # which may change
+    shown = "\n".join(said)
+    assert "mine.yaml says seed 5 now. This run goes on with 0, as it began" in shown
+    assert "training.epochs 3.0 now. This run goes on with null" in shown
+
+
+def test_override_that_changes_result_is_refused_though_file_is_the_run_s(
+    tmp_path: Path, where: list[str]
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    for override, message in (
+        ("--seed=3", "seed was 0 and is 3"),
+        ("--optimizer={learning_rate: 0.5}", "optimizer.learning_rate was 0.001 and is 0.5"),
+        ("--training.precision=bf16", "training.precision was 'fp32' and is 'bf16'"),
+        ("--training.max_steps=7", "training.max_steps was 2000 and is 7"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_run(load_run_config(path, [*arguments, override]))
+
+
+def test_other_config_file_of_run_dir_is_refused(tmp_path: Path, where: list[str]) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text() + "\nseed: 5\n")
+    with pytest.raises(UserError, match="seed was 0 and is 5"):
+        open_run(load_run_config(other, arguments))
+
+
+def test_refused_start_leaves_run_as_it_is(
+    tmp_path: Path, where: list[str], many_shards_dir: Path
+) -> None:
+    """The run at work has saved no step yet, or has: other shards are refused before either."""
+    path, arguments = edited_run(tmp_path, where)
+    config = load_run_config(path, arguments)
+    at_work = open_run_dir(config, open_data(config), config_file=path)
+    at_work.take_over()
+    before = file_contents(tmp_path / "run")
+    for checkpoint in (False, True):
+        if checkpoint:
+            save_checkpoint(at_work, fixed_settings(config))
+            before = file_contents(tmp_path / "run")
+        other = load_run_config(path, [*arguments, f"--data.shards={many_shards_dir}"])
+        with pytest.raises(UserError, match="was trained on other shards than"):
+            open_run(other).take_over()
+        assert file_contents(tmp_path / "run") == before
+        assert not at_work.store.is_superseded()
+
+
+def test_all_that_ranks_need_alike_is_compared(tmp_path: Path, where: list[str]) -> None:
+    config = load_config(CONFIG, [*TINY, *where])
+    reference = open_run(config).in_common
+    for override, is_alike in (
+        ("--seed=1", False),
+        ("--training.max_steps=5", False),
+        ("--training.precision=bf16", False),
+        ("--batch.micro_batch_size=3", False),
+        ("--evaluation.every_steps=3", False),
+        ("--failures.compare_replicas_every=3", False),
+        ("--data.workers=2", True),
+        (f"--data.cache_dir={tmp_path}", True),
+        ("--data.verify_hashes=true", True),
+    ):
+        other = open_run(load_config(CONFIG, [*TINY, *where, override])).in_common
+        assert (other == reference) is is_alike, override
+
+
+def test_settings_that_earlier_release_fixed_otherwise_pass(
+    started_run: tuple[Path, list[str]],
+) -> None:
+    """Release 0.1 fixed spike_factor, and micro_batch_size might change with dropout."""
+    path, _ = started_run
+    run = open_run(saved_config(path))
+    settings = fixed_settings(run.config) | {"failures.spike_factor": 99.0}
+    settings.pop("batch.micro_batch_size", None)
+    save_checkpoint(run, settings)
+    assert run.newest() == 2
+
+
+def test_micro_batch_size_may_change_before_first_checkpoint(
+    tmp_path: Path, where: list[str]
+) -> None:
+    """A first step that runs out of memory leaves a run directory, and nothing to go on from."""
+    path, arguments = edited_run(tmp_path, [*where, "--model.hidden_dropout_prob=0.1"])
+    smaller = [*arguments, "--batch.micro_batch_size=2"]
+    run = open_run(load_run_config(path, smaller))
+    assert run.config.batch.micro_batch_size == 2
+    save_checkpoint(run, fixed_settings(run.config))
+    with pytest.raises(UserError, match=r"batch\.micro_batch_size was 4 and is 2"):
+        open_run(load_run_config(path, smaller))

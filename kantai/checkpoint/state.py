@@ -150,6 +150,19 @@ class SavedState:
         return tensor
 
 
+class InitialState:
+    """What a run begins with, by the names of a checkpoint: new weights, and moments of zeros."""
+
+    def __init__(self, model: MaskedRoberta) -> None:
+        self._weights = dict(model.named_parameters())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A weight or a moment."""
+        parameter, _, moment = name.partition("/")
+        weight = self._weights[parameter].detach()
+        return torch.zeros_like(weight) if moment else weight
+
+
 def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:
     """Set a model's weights from a checkpoint.
 
@@ -187,12 +200,14 @@ def check_named_state(optimizer: Optimizer, saved: SavedState) -> None:
 
 @torch.no_grad()
 def load_named_state(
-    optimizer: Optimizer, saved: SavedState, set_weight: Callable[[str, Tensor], None]
+    optimizer: Optimizer,
+    saved: SavedState | InitialState,
+    set_weight: Callable[[str, Tensor], None],
 ) -> None:
     """Set the weights and moments that this rank updates.
 
     Args:
-        saved: which :func:`check_named_state` has passed.
+        saved: of the optimizer's model, as :func:`check_named_state` finds out.
         set_weight: gives the model a weight, where the optimizer's tensors are not its own.
     """
     for sharded in optimizer.layout.tensors:

@@ -7,11 +7,15 @@ All that this takes is a file system that agrees on renames, and on who made a f
 """
 
 import contextlib
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from kantai.errors import UserError
 from kantai.storage.atomic import Damaged, fsync, publish, verify
@@ -105,17 +109,24 @@ class CheckpointStore:
         matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in matches if match)
 
-    def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
-        """Step and manifest of the newest checkpoint whose every byte is as it was written.
+    def newest_valid(
+        self, *, set_aside: bool = False, up_to: float = math.inf
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Step and manifest of the newest checkpoint that a run can go on from.
+
+        Its every byte is as it was written, and its every number is finite: a run that goes on
+        from anything else skips every step.
 
         Args:
             set_aside: rename the damaged ones after it to ``damaged-...``; for the one process
                 that may write.
+            up_to: the last step that counts.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if step <= up_to]):
             try:
                 manifest = verify(self.path(step))
+                _refuse_bad_numbers(self.path(step), manifest)
             except Damaged as damage:
                 print(f"checkpoint {step} is damaged and not used: {damage}", flush=True)
                 damaged.append(step)
@@ -135,13 +146,35 @@ class CheckpointStore:
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints. Verify the newest before."""
+        self._remove(self.steps()[:-keep])
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints after a step: the run will do its steps anew, on other data."""
+        self._remove([later for later in reversed(self.steps()) if later > step])
+
+    def _remove(self, steps: list[int]) -> None:
         with self._fenced() as attempt:
-            for step in self.steps()[:-keep]:
+            for step in steps:
                 # Renamed first: a kill during the removal must not leave a checkpoint with files
                 # missing under its name.
                 pruned = attempt / f"pruned-{step}"
                 self.path(step).rename(pruned)
                 shutil.rmtree(pruned, ignore_errors=True)
+
+
+def _refuse_bad_numbers(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise :class:`Damaged` where a tensor of a verified checkpoint has an inf or a NaN."""
+    for file_name in manifest["files"]:
+        if not file_name.endswith(".safetensors"):
+            continue
+        # What numpy cannot read is no checkpoint of kantai's, which loading it will say.
+        with contextlib.suppress(SafetensorError, TypeError, ValueError, AttributeError):
+            with safe_open(folder / file_name, framework="numpy") as file:
+                for name in file.keys():
+                    if not np.isfinite(file.get_tensor(name)).all():
+                        raise Damaged(
+                            f"{folder / file_name} has, in {name}, a number that is not finite"
+                        )
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from kantai.checkpoint.state import (
+    InitialState,
     SavedState,
     Snapshot,
     check_named_state,
@@ -202,6 +203,10 @@ class Engine:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
         return torch.as_tensor(self.accelerator.reduce(values.to(self.device), reduction="sum"))
 
+    def is_finite(self) -> Tensor:
+        """Whether this rank's weights and moments are all finite, on the device."""
+        return self.optimizer.is_finite().to(self.device)
+
     def from_main(self, value: T) -> T:
         """Rank 0's value of something picklable, on all ranks."""
         if self.rank_info.world_size == 1:
@@ -329,6 +334,15 @@ class Engine:
         saved = SavedState(folder)
         check_named_state(self.optimizer, saved)
         numbers = saved.numbers("steps", "loss_scale", "good_steps")
+        self._load(saved, numbers)
+
+    def begin_anew(self, model: MaskedRoberta) -> None:
+        """Take up the weights of a model that has not been trained."""
+        scale = LossScale(self.precision)
+        numbers = {"steps": 0.0, "loss_scale": scale.value, "good_steps": scale.good_steps}
+        self._load(InitialState(model), numbers)
+
+    def _load(self, saved: SavedState | InitialState, numbers: dict[str, float]) -> None:
         load_named_state(self.optimizer, saved, self.backend.set_weight)
         self.optimizer.steps = numbers["steps"]
         self.loss_scale.value = numbers["loss_scale"]

@@ -86,6 +86,20 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(sharded.tensor)
         return {name: state[name] for name in names}
 
+    @torch.no_grad()
+    def is_finite(self) -> Tensor:
+        """Whether all weights and moments that this rank updates are finite; on the device.
+
+        Only parameters are looked at, and not what ZeRO pads them with.
+        """
+        sums = [
+            values.view(-1)[part.offset : part.offset + part.numel].sum()
+            for sharded in self.layout.tensors
+            for values in (sharded.tensor, *self.moments(sharded).values())
+            for part in sharded.slices
+        ]
+        return torch.stack(sums).isfinite().all()
+
     @property
     def steps(self) -> float:
         """Steps that AdamW has taken, for its bias correction. Skipped ones do not count."""

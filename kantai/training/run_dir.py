@@ -5,6 +5,7 @@ Looking at one imports no torch, so it takes a second.
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,22 +55,23 @@ class RunDir:
         last = self.data.max_steps
         return self.store.steps()[-1:] == [last] and self.newest() == last
 
-    def newest(self, *, set_aside: bool = False) -> int:
+    def newest(self, *, set_aside: bool = False, up_to: float = math.inf) -> int:
         """Step of the newest valid checkpoint, 0 where there is none.
 
         Args:
             set_aside: move damaged ones out of the way; for one process alone.
+            up_to: the last step that counts.
 
         Raises:
             UserError: it belongs to other settings, shards or another tokenizer; or there are
                 checkpoints, and all of them are damaged.
         """
-        found = self.store.newest_valid(set_aside=set_aside)
+        found = self.store.newest_valid(set_aside=set_aside, up_to=up_to)
         if found is not None:
             step, manifest = found
             self._check_lineage(step, manifest.get("lineage"))
             return step
-        damaged = self.store.steps()
+        damaged = [step for step in self.store.steps() if step <= up_to]
         if damaged:
             raise UserError(
                 f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring "

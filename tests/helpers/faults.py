@@ -113,6 +113,28 @@ def bad_gradient() -> None:
     PyTorch.step = spoiling  # type: ignore[method-assign]
 
 
+def poisoned_weight(at_step: int = 0) -> None:
+    """The last rank alone has an infinite weight after the first step, as a device may make it."""
+    real = Engine.train_step
+    struck: list[int] = []
+
+    def poisoning(self: Engine, step: int, *rest: Any) -> Any:
+        result = real(self, step, *rest)
+        if is_last and step == at_step and not struck:
+            struck.append(step)
+            sharded = self.optimizer.layout.tensors[0]
+            offset = next(part.offset for part in sharded.slices if part.numel)
+            sharded.tensor.data.view(-1)[offset] = float("inf")
+        return result
+
+    Engine.train_step = poisoning  # type: ignore[method-assign]
+
+
+def poisoned_weight_at_the_end() -> None:
+    """The same after the last of six steps."""
+    poisoned_weight(5)
+
+
 def third_engine_refused() -> None:
     """Memory holds two engines at once; this is a limit and no fault."""
     real = Engine.__init__

@@ -93,7 +93,7 @@ class SavedState:
         """Open the files.
 
         Raises:
-            UserError: one of them is not what :class:`Snapshot` writes.
+            UserError: one of them cannot be read, or is not what :class:`Snapshot` writes.
         """
         self.checkpoint = checkpoint
         try:
@@ -106,8 +106,10 @@ class SavedState:
             self.metadata: dict[str, str] = {}
             for file in files:
                 self.metadata |= file.metadata() or {}
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise UserError(f"{checkpoint} is no checkpoint: {error}") from None
+        except OSError as error:  # it says nothing of the content: rights, too many open files
+            raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]], *, strict: bool = True) -> None:
         """Compare names and shapes with a model's.

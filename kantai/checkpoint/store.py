@@ -26,19 +26,39 @@ class CheckpointStore:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "checkpoints"
+        self._run_dir = run_dir
         self._attempt: Path | None = None
 
     def supersede(self) -> None:
-        """Begin an attempt; earlier ones can change nothing any more. For one process alone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Begin an attempt; earlier ones can change nothing any more. For one process alone.
+
+        Raises:
+            UserError: there can be no folder of checkpoints.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(
+                f"{self.folder} is no folder, nor a link to one that is there: make that folder, "
+                "or remove the link"
+            ) from None
         while self._attempt is None:
             self._attempt = self._new_attempt()
-        for earlier in self.folder.glob(".attempt-*"):
-            if earlier.name < self._attempt.name:
-                taken = self._attempt / f"superseded-{earlier.name}"
-                with contextlib.suppress(FileNotFoundError):
-                    earlier.rename(taken)
-                    shutil.rmtree(taken, ignore_errors=True)
+        self._beside.mkdir(exist_ok=True)
+        # The folder that is_superseded looks for goes first.
+        for own in (self._attempt, self._beside):
+            for earlier in own.parent.glob(".attempt-*"):
+                if earlier.name < own.name:
+                    taken = own / f"superseded-{earlier.name}"
+                    with contextlib.suppress(FileNotFoundError):
+                        earlier.rename(taken)
+                        shutil.rmtree(taken, ignore_errors=True)
+
+    @property
+    def _beside(self) -> Path:
+        """This start's folder beside the run's files: the checkpoints may lie on another disk."""
+        assert self._attempt is not None, "supersede comes first"
+        return self._run_dir / self._attempt.name
 
     def _new_attempt(self) -> Path | None:
         """A folder for this start; None where another start was quicker."""
@@ -79,8 +99,8 @@ class CheckpointStore:
     @contextlib.contextmanager
     def replaced(self, path: Path) -> Iterator[Path]:
         """As :func:`replaced`, for a file that only the latest start of the run may change."""
-        with self._fenced() as attempt:
-            partial = attempt / path.name
+        with self._fenced():
+            partial = self._beside / path.name
             yield partial
             fsync(partial)
             partial.replace(path)
@@ -163,18 +183,29 @@ class CheckpointStore:
 
 
 def _refuse_bad_numbers(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise :class:`Damaged` where a tensor of a verified checkpoint has an inf or a NaN."""
-    for file_name in manifest["files"]:
-        if not file_name.endswith(".safetensors"):
-            continue
-        # What numpy cannot read is no checkpoint of kantai's, which loading it will say.
-        with contextlib.suppress(SafetensorError, TypeError, ValueError, AttributeError):
-            with safe_open(folder / file_name, framework="numpy") as file:
-                for name in file.keys():
-                    if not np.isfinite(file.get_tensor(name)).all():
-                        raise Damaged(
-                            f"{folder / file_name} has, in {name}, a number that is not finite"
-                        )
+    """Look for an inf or a NaN in the tensors of a verified checkpoint.
+
+    Raises:
+        Damaged: there is one, or a file has gone meanwhile.
+        UserError: the system cannot open a file, for example because too many are open.
+    """
+    for path in (folder / name for name in manifest["files"] if name.endswith(".safetensors")):
+        try:
+            found = _first_bad_tensor(path)
+        except FileNotFoundError:
+            raise Damaged(f"{path} is missing") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        except (SafetensorError, TypeError, ValueError, AttributeError):
+            continue  # no tensors of kantai's, which loading them will say
+        if found is not None:
+            raise Damaged(f"{path} has, in {found}, a number that is not finite")
+
+
+def _first_bad_tensor(path: Path) -> str | None:
+    with safe_open(path, framework="numpy") as file:
+        bad = (name for name in file.keys() if not np.isfinite(file.get_tensor(name)).all())
+        return next(bad, None)
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:

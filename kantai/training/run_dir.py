@@ -260,7 +260,12 @@ def _has_old_settings(run_dir: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing but what a start that was killed at once left there."""
+    """Whether a folder holds nothing that a user put there.
+
+    A start that was killed at once, an editor, a file server and a new disk leave hidden files or
+    ``lost+found``.
+    """
     if not path.is_dir():
         return False
-    return all(entry.name.startswith(f".{CONFIG_FILE}") for entry in path.iterdir())
+    names = [entry.name for entry in path.iterdir()]
+    return all(name.startswith(".") or name == "lost+found" for name in names)

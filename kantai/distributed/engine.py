@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from kantai.checkpoint.state import (
@@ -32,6 +31,7 @@ from kantai.data.loader import MicroBatch
 from kantai.data.masking import IGNORED_LABEL
 from kantai.data.rng import dropout_seed
 from kantai.distributed.backends import make_backend
+from kantai.distributed.exchange import by_way_of_json, from_all_ranks, from_rank_0
 from kantai.distributed.launch import join
 from kantai.distributed.loss_scale import LossScale
 from kantai.errors import UserError
@@ -208,14 +208,13 @@ class Engine:
         return self.optimizer.is_finite().to(self.device)
 
     def from_main(self, value: T) -> T:
-        """Rank 0's value of something picklable, on all ranks."""
+        """Rank 0's value, on all ranks. It must be one that JSON can write; tuples become lists."""
         if self.rank_info.world_size == 1:
-            return value
-        (from_main,) = broadcast_object_list([value])
-        return from_main  # type: ignore[no-any-return]
+            return by_way_of_json(value)  # type: ignore[no-any-return]
+        return from_rank_0(value, self.device)  # type: ignore[no-any-return]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What an action of rank 0 returns, on all ranks.
+        """What an action of rank 0 returns, on all ranks; see :meth:`from_main`.
 
         Raises:
             UserError: the action failed on rank 0. All ranks raise it, so nobody waits.
@@ -233,8 +232,10 @@ class Engine:
         return result  # type: ignore[return-value]
 
     def from_all(self, value: T) -> list[T]:
-        """Every rank's value of something picklable, in the order of the ranks, on all of them."""
-        return list(gather_object([value]))
+        """Every rank's value in the order of the ranks, on all of them; see :meth:`from_main`."""
+        if self.rank_info.world_size == 1:
+            return [by_way_of_json(value)]
+        return from_all_ranks(value, self.device)
 
     def wait_for_all(self) -> None:
         """Return when all ranks have come here."""

@@ -289,7 +289,9 @@ class Trainer:
         losses = engine.from_main(self.logger.recent("train/loss"))
         grad_norms = engine.from_main(self.logger.recent("train/grad_norm"))
         self.monitor.restart(losses, grad_norms)
-        self.skipped_data = engine.from_main(SkippedData.of(self.run_dir.path))
+        windows = engine.on_main(lambda: SkippedData.of(self.run_dir.path).windows)
+        known = [(from_step, first, stop) for from_step, first, stop in windows]
+        self.skipped_data = SkippedData(self.skipped_data.path, known)
 
     def _enter_stage(self, step: int) -> None:
         stage = self.batches.stage_at(self.skipped_data.data_step(step))

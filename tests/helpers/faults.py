@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -133,6 +134,17 @@ def poisoned_weight(at_step: int = 0) -> None:
 def poisoned_weight_at_the_end() -> None:
     """The same after the last of six steps."""
     poisoned_weight(5)
+
+
+def pickles_refused() -> None:
+    """Ranks can exchange no pickles."""
+
+    def refusing(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle is exchanged")
+
+    c10d = torch.distributed.distributed_c10d
+    for name in ("_object_to_tensor", "_tensor_to_object"):
+        process_stack.enter_context(patch.object(c10d, name, refusing))
 
 
 def third_engine_refused() -> None:

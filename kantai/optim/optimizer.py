@@ -87,17 +87,19 @@ class Optimizer(torch.optim.Optimizer):
         return {name: state[name] for name in names}
 
     @torch.no_grad()
-    def is_finite(self) -> Tensor:
-        """Whether all weights and moments that this rank updates are finite; on the device.
+    def is_finite(self, *, moments: bool = False) -> Tensor:
+        """Whether all weights, or moments, that this rank updates are finite; on the device.
 
         Only parameters are looked at, and not what ZeRO pads them with.
         """
-        sums = [
-            values.view(-1)[part.offset : part.offset + part.numel].sum()
-            for sharded in self.layout.tensors
-            for values in (sharded.tensor, *self.moments(sharded).values())
-            for part in sharded.slices
-        ]
+        sums = []
+        for sharded in self.layout.tensors:
+            looked_at = self.moments(sharded).values() if moments else [sharded.tensor]
+            sums += [
+                values.view(-1)[part.offset : part.offset + part.numel].sum()
+                for values in looked_at
+                for part in sharded.slices
+            ]
         return torch.stack(sums).isfinite().all()
 
     @property

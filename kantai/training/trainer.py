@@ -1,5 +1,6 @@
 """The training loop: batches in, steps done, metrics and checkpoints out."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -193,8 +194,12 @@ class Trainer:
             save_is_due=self.checkpointer.is_due(done),
             is_written=self.checkpointer.is_written(),
         )
+        saves = decision.save or decision.stop or done == self.max_steps
+        # A moment that is not finite makes a weight so at the next step, but for a second moment
+        # that is infinite: its weight stands still.
+        if saves and not self.engine.has_finite_moments():
+            decision = dataclasses.replace(decision, is_finite=False)
         if self.compare_every is not None:
-            saves = decision.save or decision.stop or done == self.max_steps
             if saves or done % self.compare_every == 0:  # what is saved is to be good
                 self.publish()
                 self.engine.compare_replicas()

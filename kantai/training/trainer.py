@@ -320,7 +320,8 @@ class Trainer:
             raise UserError(
                 f"loss, gradient or weights are no finite numbers, or spike, about step {first}, "
                 f"on {rollbacks} windows of data before this one, so it is not the data: lower "
-                "optimizer.learning_rate in a new run"
+                "optimizer.learning_rate in a new run, or look for a faulty device with "
+                "scripts/preflight.py"
             )
         back = self.run_dir.newest(set_aside=True, up_to=first)
         # Later ones saw data that is skipped now. They go first: a kill in between must not leave

@@ -10,7 +10,8 @@ if [ "$1" != rank ]; then
   local=$LOCAL_SCRATCH/kantai-$SLURM_JOB_ID
   # Another user can guess its name, and make it first.
   mkdir -p "$LOCAL_SCRATCH"
-  mkdir -m 700 "$local" 2>/dev/null || { [ -d "$local" ] && [ ! -L "$local" ] && [ -O "$local" ]; } ||
+  is_own() { [ -d "$local" ] && [ ! -L "$local" ] && [ -O "$local" ]; }
+  mkdir -m 700 "$local" 2>/dev/null || is_own ||
     { echo "error: $local is a link, or belongs to another user: set LOCAL_SCRATCH" >&2; exit 2; }
   chmod 700 "$local"
   export TMPDIR=$local TORCHINDUCTOR_CACHE_DIR=$local/inductor TRITON_CACHE_DIR=$local/triton

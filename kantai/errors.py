@@ -49,7 +49,9 @@ def run_command(main: Callable[[], None]) -> None:
                 f"no space left on {path or 'the device'}: free some and run the same command again"
             )
         if isinstance(error, OSError) and path is not None:
-            _fail(f"{error.strerror}: {path}")
+            is_limit = error.errno == errno.EMFILE
+            advice = "; raise the limit with ulimit -n" if is_limit else ""
+            _fail(f"{error.strerror}: {path}{advice}")
         raise
 
 

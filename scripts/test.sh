@@ -19,8 +19,10 @@ elif ! [ -x /usr/sbin/slurmctld ] || ! [ -x /usr/sbin/munged ] || ! [ -x /usr/bi
       "sudo apt-get update && sudo ${install[*]}" >&2
     exit 2
   fi
-  { apt-get update && DEBIAN_FRONTEND=noninteractive "${install[@]}"; } >/tmp/kantai-apt.log 2>&1 ||
-    { tail -n 5 /tmp/kantai-apt.log >&2; exit 2; }
+  log=$(mktemp)
+  { apt-get update && DEBIAN_FRONTEND=noninteractive "${install[@]}"; } >"$log" 2>&1 ||
+    { tail -n 5 "$log" >&2; exit 2; }
+  rm "$log"
 fi
 ruff format --check --quiet . || {
   echo "error: not formatted; run .venv/bin/ruff format ." >&2

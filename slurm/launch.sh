@@ -8,7 +8,12 @@ if [ "$1" != rank ]; then
   # Caches go to this node's disk, into a folder of this job. So no job waits for the locks of
   # another node or job.
   local=$LOCAL_SCRATCH/kantai-$SLURM_JOB_ID
-  mkdir -p "$local"
+  # Another user can guess its name, and make it first.
+  mkdir -p "$LOCAL_SCRATCH"
+  is_own() { [ -d "$local" ] && [ ! -L "$local" ] && [ -O "$local" ]; }
+  mkdir -m 700 "$local" 2>/dev/null || is_own ||
+    { echo "error: $local is a link, or belongs to another user: set LOCAL_SCRATCH" >&2; exit 2; }
+  chmod 700 "$local"
   export TMPDIR=$local TORCHINDUCTOR_CACHE_DIR=$local/inductor TRITON_CACHE_DIR=$local/triton
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks > 0 ? $(nproc) / ranks : 1))}
   # A signal to the step reaches all its processes. SIGUSR1 would kill the launcher and its ranks,

@@ -93,7 +93,7 @@ class SavedState:
         """Open the files.
 
         Raises:
-            UserError: one of them is not what :class:`Snapshot` writes.
+            UserError: one of them cannot be read, or is not what :class:`Snapshot` writes.
         """
         self.checkpoint = checkpoint
         try:
@@ -106,8 +106,10 @@ class SavedState:
             self.metadata: dict[str, str] = {}
             for file in files:
                 self.metadata |= file.metadata() or {}
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise UserError(f"{checkpoint} is no checkpoint: {error}") from None
+        except OSError as error:  # it says nothing of the content: rights, too many open files
+            raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]], *, strict: bool = True) -> None:
         """Compare names and shapes with a model's.
@@ -150,6 +152,19 @@ class SavedState:
         return tensor
 
 
+class InitialState:
+    """What a run begins with, by the names of a checkpoint: new weights, and moments of zeros."""
+
+    def __init__(self, model: MaskedRoberta) -> None:
+        self._weights = dict(model.named_parameters())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A weight or a moment."""
+        parameter, _, moment = name.partition("/")
+        weight = self._weights[parameter].detach()
+        return torch.zeros_like(weight) if moment else weight
+
+
 def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:
     """Set a model's weights from a checkpoint.
 
@@ -187,12 +202,14 @@ def check_named_state(optimizer: Optimizer, saved: SavedState) -> None:
 
 @torch.no_grad()
 def load_named_state(
-    optimizer: Optimizer, saved: SavedState, set_weight: Callable[[str, Tensor], None]
+    optimizer: Optimizer,
+    saved: SavedState | InitialState,
+    set_weight: Callable[[str, Tensor], None],
 ) -> None:
     """Set the weights and moments that this rank updates.
 
     Args:
-        saved: which :func:`check_named_state` has passed.
+        saved: of the optimizer's model, as :func:`check_named_state` finds out.
         set_weight: gives the model a weight, where the optimizer's tensors are not its own.
     """
     for sharded in optimizer.layout.tensors:

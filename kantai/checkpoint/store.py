@@ -7,11 +7,15 @@ All that this takes is a file system that agrees on renames, and on who made a f
 """
 
 import contextlib
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from kantai.errors import UserError
 from kantai.storage.atomic import Damaged, fsync, publish, verify
@@ -22,19 +26,39 @@ class CheckpointStore:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "checkpoints"
+        self._run_dir = run_dir
         self._attempt: Path | None = None
 
     def supersede(self) -> None:
-        """Begin an attempt; earlier ones can change nothing any more. For one process alone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Begin an attempt; earlier ones can change nothing any more. For one process alone.
+
+        Raises:
+            UserError: there can be no folder of checkpoints.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(
+                f"{self.folder} is no folder, nor a link to one that is there: make that folder, "
+                "or remove the link"
+            ) from None
         while self._attempt is None:
             self._attempt = self._new_attempt()
-        for earlier in self.folder.glob(".attempt-*"):
-            if earlier.name < self._attempt.name:
-                taken = self._attempt / f"superseded-{earlier.name}"
-                with contextlib.suppress(FileNotFoundError):
-                    earlier.rename(taken)
-                    shutil.rmtree(taken, ignore_errors=True)
+        self._beside.mkdir(exist_ok=True)
+        # The folder that is_superseded looks for goes first.
+        for own in (self._attempt, self._beside):
+            for earlier in own.parent.glob(".attempt-*"):
+                if earlier.name < own.name:
+                    taken = own / f"superseded-{earlier.name}"
+                    with contextlib.suppress(FileNotFoundError):
+                        earlier.rename(taken)
+                        shutil.rmtree(taken, ignore_errors=True)
+
+    @property
+    def _beside(self) -> Path:
+        """This start's folder beside the run's files: the checkpoints may lie on another disk."""
+        assert self._attempt is not None, "supersede comes first"
+        return self._run_dir / self._attempt.name
 
     def _new_attempt(self) -> Path | None:
         """A folder for this start; None where another start was quicker."""
@@ -75,8 +99,8 @@ class CheckpointStore:
     @contextlib.contextmanager
     def replaced(self, path: Path) -> Iterator[Path]:
         """As :func:`replaced`, for a file that only the latest start of the run may change."""
-        with self._fenced() as attempt:
-            partial = attempt / path.name
+        with self._fenced():
+            partial = self._beside / path.name
             yield partial
             fsync(partial)
             partial.replace(path)
@@ -105,17 +129,24 @@ class CheckpointStore:
         matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in matches if match)
 
-    def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
-        """Step and manifest of the newest checkpoint whose every byte is as it was written.
+    def newest_valid(
+        self, *, set_aside: bool = False, up_to: float = math.inf
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Step and manifest of the newest checkpoint that a run can go on from.
+
+        Its every byte is as it was written, and its every number is finite: a run that goes on
+        from anything else skips every step.
 
         Args:
             set_aside: rename the damaged ones after it to ``damaged-...``; for the one process
                 that may write.
+            up_to: the last step that counts.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if step <= up_to]):
             try:
                 manifest = verify(self.path(step))
+                _refuse_bad_numbers(self.path(step), manifest)
             except Damaged as damage:
                 print(f"checkpoint {step} is damaged and not used: {damage}", flush=True)
                 damaged.append(step)
@@ -135,13 +166,46 @@ class CheckpointStore:
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints. Verify the newest before."""
+        self._remove(self.steps()[:-keep])
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints after a step: the run will do its steps anew, on other data."""
+        self._remove([later for later in reversed(self.steps()) if later > step])
+
+    def _remove(self, steps: list[int]) -> None:
         with self._fenced() as attempt:
-            for step in self.steps()[:-keep]:
+            for step in steps:
                 # Renamed first: a kill during the removal must not leave a checkpoint with files
                 # missing under its name.
                 pruned = attempt / f"pruned-{step}"
                 self.path(step).rename(pruned)
                 shutil.rmtree(pruned, ignore_errors=True)
+
+
+def _refuse_bad_numbers(folder: Path, manifest: dict[str, Any]) -> None:
+    """Look for an inf or a NaN in the tensors of a verified checkpoint.
+
+    Raises:
+        Damaged: there is one, or a file has gone meanwhile.
+        UserError: the system cannot open a file, for example because too many are open.
+    """
+    for path in (folder / name for name in manifest["files"] if name.endswith(".safetensors")):
+        try:
+            found = _first_bad_tensor(path)
+        except FileNotFoundError:
+            raise Damaged(f"{path} is missing") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        except (SafetensorError, TypeError, ValueError, AttributeError):
+            continue  # no tensors of kantai's, which loading them will say
+        if found is not None:
+            raise Damaged(f"{path} has, in {found}, a number that is not finite")
+
+
+def _first_bad_tensor(path: Path) -> str | None:
+    with safe_open(path, framework="numpy") as file:
+        bad = (name for name in file.keys() if not np.isfinite(file.get_tensor(name)).all())
+        return next(bad, None)
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:

@@ -248,8 +248,8 @@ class FailuresConfig(Section):
 
     max_skipped: Positive = Field(
         3,
-        description="steps skipped in a row for bad numbers, after which the run goes back to a "
-        "checkpoint and skips their data",
+        description="steps skipped in a row for bad numbers, after which the run goes back before "
+        "them and skips their data",
     )
     spike_factor: float | None = Field(
         20.0,

@@ -22,7 +22,7 @@ from kantai.data.shuffle import Sequential, Shuffled
 from kantai.data.tokenizer import MASK_TOKEN, Vocabulary, load_tokenizer
 from kantai.data.words import Words
 from kantai.errors import UserError
-from kantai.storage.remote_cache import Cache
+from kantai.storage.remote_cache import Cache, private_folder
 
 # Of what a config shows at each step: raised when a release would show a run other data.
 STREAM_VERSION = 1
@@ -296,8 +296,8 @@ def _refuse_too_little_text(data: Data) -> None:
 def shard_cache(url: str, folder: str | None = None, gigabytes: float = 100.0) -> Cache:
     """This node's cache of shards at a URL.
 
-    By default it lies below the temporary folder of the job or the system.
+    By default it is a private folder below the temporary folder of the job or the system.
     """
     temporary = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
-    place = Path(folder) if folder else temporary / f"kantai-{os.getuid()}"
+    place = Path(folder) if folder else private_folder(temporary / f"kantai-{os.getuid()}")
     return Cache(url, place, int(gigabytes * 1e9))

@@ -5,6 +5,7 @@ token stream, in which every document ends with ``</s>``. Its offsets are the do
 ``datasets.load_dataset("arrow", data_files=...)`` reads it too.
 """
 
+import errno
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ MIN_SHARD_TOKENS = 1 << 19
 TOKEN_COUNTS = "token_counts.npy"
 _MAX_UINT16_IDS = 1 << 16
 _OPEN_AT_ONCE = 512
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _QUICKLY_HASHED_BYTES = 1 << 32
 _WRITE_AGAIN = "write them again with scripts/tokenize_corpus.py"
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -116,7 +118,7 @@ class Split:
         if number in self._opened:
             self._opened.move_to_end(number)
         else:
-            shard = self._open_file(self.files[number])
+            shard = self._open(self.files[number])
             sizes = (len(shard.tokens), len(shard.boundaries) - 1)
             if sizes != (self.tokens[number], self.documents[number]):
                 name = self.files[number]
@@ -127,6 +129,18 @@ class Split:
             while len(self._opened) > self.open_at_once:
                 self._opened.popitem(last=False)
         return self._opened[number]
+
+    def _open(self, name: str) -> Shard:
+        """Open a shard; where the system has no room for one more, close half of the others."""
+        while True:
+            try:
+                return self._open_file(name)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._opened:
+                    raise
+            self.open_at_once = max(1, len(self._opened) // 2)
+            while len(self._opened) >= self.open_at_once:
+                self._opened.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -265,6 +279,7 @@ def map_shard(file: BinaryIO) -> Shard:
 
     Raises:
         UserError: the file is no shard.
+        OSError: the system cannot map it, for example because too many files are open.
     """
     try:
         content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -276,6 +291,9 @@ def map_shard(file: BinaryIO) -> Shard:
             raise ValueError("its documents do not follow each other")
         return Shard(tokens, boundaries)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # The system's error says nothing of the content. Arrow's own have no number.
+            raise OSError(error.errno, error.strerror, file.name) from None
         raise UserError(f"damaged shards: {file.name} is none: {error}; {_WRITE_AGAIN}") from None
 
 

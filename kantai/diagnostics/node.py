@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -150,22 +151,21 @@ def _versions() -> dict[str, str]:
 
 def _inspect_folder(path: Path) -> Folder:
     """Measure free space, and how fast a file reaches the disk itself."""
-    file = path / f".preflight-{socket.gethostname()}-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free / GIB
         seconds = []
         for _ in range(3):  # the best counts, as others write to a shared disk, too
-            start = time.perf_counter()
-            with file.open("wb") as opened:
+            # A name that nobody can guess, for which another user cannot have made a link.
+            with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=path) as opened:
+                start = time.perf_counter()
                 opened.write(bytes(_WRITTEN_BYTES))
+                opened.flush()
                 os.fsync(opened.fileno())
-            seconds.append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
         return Folder(str(path), free, _WRITTEN_BYTES / MIB / min(seconds))
     except OSError as error:
         return Folder(str(path), error=f"{path}: {error.strerror}")
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def _all_reduce() -> tuple[str, float, str]:

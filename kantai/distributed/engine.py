@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from kantai.checkpoint.state import (
+    InitialState,
     SavedState,
     Snapshot,
     check_named_state,
@@ -32,6 +32,7 @@ from kantai.data.masking import IGNORED_LABEL
 from kantai.data.rng import dropout_seed
 from kantai.distributed.agreement import refuse_disagreement
 from kantai.distributed.backends import make_backend
+from kantai.distributed.exchange import by_way_of_json, from_all_ranks, from_rank_0
 from kantai.distributed.launch import join
 from kantai.distributed.loss_scale import LossScale
 from kantai.errors import UserError
@@ -228,15 +229,23 @@ class Engine:
         """The sum of every rank's tensor, on the device; all ranks must call this together."""
         return torch.as_tensor(self.accelerator.reduce(values.to(self.device), reduction="sum"))
 
+    def is_finite(self) -> Tensor:
+        """Whether this rank's weights are all finite, on the device."""
+        return self.optimizer.is_finite().to(self.device)
+
+    def has_finite_moments(self) -> bool:
+        """Whether the moments of all ranks are finite; all ranks call this together."""
+        bad = 1 - self.optimizer.is_finite(moments=True).float()
+        return self.sum_over_ranks(bad).item() == 0
+
     def from_main(self, value: T) -> T:
-        """Rank 0's value of something picklable, on all ranks."""
+        """Rank 0's value, on all ranks. It must be one that JSON can write; tuples become lists."""
         if self.rank_info.world_size == 1:
-            return value
-        (from_main,) = broadcast_object_list([value])
-        return from_main  # type: ignore[no-any-return]
+            return by_way_of_json(value)  # type: ignore[no-any-return]
+        return from_rank_0(value, self.device)  # type: ignore[no-any-return]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What an action of rank 0 returns, on all ranks.
+        """What an action of rank 0 returns, on all ranks; see :meth:`from_main`.
 
         Raises:
             UserError: the action failed on rank 0. All ranks raise it, so nobody waits.
@@ -254,8 +263,10 @@ class Engine:
         return result  # type: ignore[return-value]
 
     def from_all(self, value: T) -> list[T]:
-        """Every rank's value of something picklable, in the order of the ranks, on all of them."""
-        return list(gather_object([value]))
+        """Every rank's value in the order of the ranks, on all of them; see :meth:`from_main`."""
+        if self.rank_info.world_size == 1:
+            return [by_way_of_json(value)]
+        return from_all_ranks(value, self.device)
 
     def wait_for_all(self) -> None:
         """Return when all ranks have come here."""
@@ -355,6 +366,15 @@ class Engine:
         saved = SavedState(folder)
         check_named_state(self.optimizer, saved)
         numbers = saved.numbers("steps", "loss_scale", "good_steps")
+        self._load(saved, numbers)
+
+    def begin_anew(self, model: MaskedRoberta) -> None:
+        """Take up the weights of a model that has not been trained."""
+        scale = LossScale(self.precision)
+        numbers = {"steps": 0.0, "loss_scale": scale.value, "good_steps": scale.good_steps}
+        self._load(InitialState(model), numbers)
+
+    def _load(self, saved: SavedState | InitialState, numbers: dict[str, float]) -> None:
         load_named_state(self.optimizer, saved, self.backend.set_weight)
         self.optimizer.steps = numbers["steps"]
         self.loss_scale.value = numbers["loss_scale"]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +41,7 @@ def join(
         _keep_freed_memory()
     if uses_deepspeed:
         _quiet_deepspeed(on_cpu)
+    _stay_on_this_machine(rank_info)
     process_group: dict[str, Any] = {}
     if timeout_seconds is not None:
         process_group["timeout"] = timedelta(seconds=timeout_seconds)
@@ -84,6 +86,21 @@ def _refuse_contradictions(precision: str) -> None:
             f"the launcher asks for gradient_accumulation_steps {steps}: leave that out; they "
             "follow from batch.global_batch_size, batch.micro_batch_size and the ranks"
         )
+
+
+def _stay_on_this_machine(rank_info: RankInfo) -> None:
+    """Have gloo listen on loopback where all ranks are on one machine.
+
+    By default it listens on the address of the host name, which other machines reach. A card that
+    the user has named stays.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(rank_info.world_size):
+        return
+    loopbacks = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # fails where loopback is down
+        for name in loopbacks:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def deepspeed_announced() -> bool:

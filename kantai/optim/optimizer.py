@@ -86,6 +86,22 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(sharded.tensor)
         return {name: state[name] for name in names}
 
+    @torch.no_grad()
+    def is_finite(self, *, moments: bool = False) -> Tensor:
+        """Whether all weights, or moments, that this rank updates are finite; on the device.
+
+        Only parameters are looked at, and not what ZeRO pads them with.
+        """
+        sums = []
+        for sharded in self.layout.tensors:
+            looked_at = self.moments(sharded).values() if moments else [sharded.tensor]
+            sums += [
+                values.view(-1)[part.offset : part.offset + part.numel].sum()
+                for values in looked_at
+                for part in sharded.slices
+            ]
+        return torch.stack(sums).isfinite().all()
+
     @property
     def steps(self) -> float:
         """Steps that AdamW has taken, for its bias correction. Skipped ones do not count."""

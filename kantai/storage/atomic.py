@@ -14,15 +14,20 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kantai.errors import UserError
 from kantai.output import redact_all
 
+T = TypeVar("T")
+
 MANIFEST = "manifest.json"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*:$|hub:)", re.IGNORECASE)
+_PASSING = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_PAUSES_SECONDS = (0.1, 1.0, 5.0)
 
 
 class Damaged(Exception):
@@ -206,7 +211,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         Damaged: the manifest is missing, or :func:`publish` did not write it so.
     """
     try:
-        content = (folder / MANIFEST).read_bytes()
+        content = _patiently((folder / MANIFEST).read_bytes)
     except OSError as error:
         _raise_unless_damaged(error)
         raise Damaged(f"{folder / MANIFEST} is missing or unreadable") from None
@@ -253,14 +258,26 @@ def _verify_file(path: Path, entry: dict[str, Any], *, hashes: bool) -> None:
     try:
         if path.is_dir():
             raise missing
-        size = path.stat().st_size
+        size = _patiently(path.stat).st_size
         if size != entry["bytes"]:
             raise Damaged(f"{path} has {size} bytes, not {entry['bytes']}")
-        if hashes and sha256(path) != entry["sha256"]:
+        if hashes and _patiently(lambda: sha256(path)) != entry["sha256"]:
             raise Damaged(f"{path} fails its checksum")
     except OSError as error:
         _raise_unless_damaged(error)
         raise missing from None
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What a read returns. It is tried again after errors of a disk or a server that may pass."""
+    for seconds in _PAUSES_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(seconds)
+    return read()
 
 
 def _raise_unless_damaged(error: OSError) -> None:

@@ -9,7 +9,7 @@ All processes of a node share a folder, which must be local to the node::
 
 The locks are flocks: the kernel frees them when the process ends, however it ends. Nothing is
 fsynced, since every file can be fetched again. A loss of power may cut a file short under its final
-name; its size tells, which every opening compares.
+name. Every opening compares the size, and the first one of a process the hash.
 """
 
 import concurrent.futures
@@ -21,11 +21,13 @@ import math
 import os
 import random
 import re
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -66,6 +68,28 @@ class RemoteFile:
                 f"the manifest lists {self.name} with a size or SHA-256 that no file has: "
                 "see who wrote it"
             )
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can open, or check that it is one.
+
+    Below a temporary folder, whose names can be guessed, another user may have been there first.
+
+    Raises:
+        UserError: the folder is a link, or another user's.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UserError(
+            f"{path} is a link, or belongs to another user: have it removed, or name a folder of "
+            "your own, such as --data.cache_dir=/scratch/me"
+        )
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 class _KeptFile(NamedTuple):
@@ -116,6 +140,7 @@ class Cache:
         self._files = folder / hashlib.sha256(redact(self._remote.url).encode()).hexdigest()[:16]
         self._files.mkdir(parents=True, exist_ok=True)
         self._request: _PrefetchRequest | None = None
+        self._hashed: set[tuple[str, int, int]] = set()  # hash, device and inode
 
     def open(self, file: RemoteFile) -> BinaryIO:
         """Open a whole, checked file, and download it first if the node does not have it.
@@ -131,11 +156,11 @@ class Cache:
                 f"{url} has {file.size} bytes, and the cache may hold {self.limit_bytes}: "
                 "raise its limit"
             )
-        found = _open_kept(self._path(file), file.size)
+        found = self._open_checked(file)
         if found is not None:
             return found
         with FileLock(self._path(file, ".lock")):
-            found = _open_kept(self._path(file), file.size)  # the lock's last holder may have it
+            found = self._open_checked(file)  # the lock's last holder may have it
             if found is not None:
                 return found
             return self._remote.retry(file.name, lambda: self._download_or_free(file))
@@ -160,6 +185,22 @@ class Cache:
     def stop_prefetching(self) -> None:
         """Prefetch no more files, once the present download is finished."""
         self._request = None
+
+    def _open_checked(self, file: RemoteFile) -> BinaryIO | None:
+        """Open a kept file; None if it is missing, or its content is another.
+
+        A process hashes a file when it first opens it: the disk may have lost bits since the
+        download, and a folder that the user named may have other users.
+        """
+        opened = _open_kept(self._path(file), file.size)
+        if opened is None or _identity(opened, file) in self._hashed:
+            return opened
+        if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+            opened.close()
+            return None
+        opened.seek(0)
+        self._hashed.add(_identity(opened, file))
+        return opened
 
     def _path(self, file: RemoteFile, suffix: str = "") -> Path:
         return self._files / f"{file.sha256}{suffix}"
@@ -221,7 +262,10 @@ class Cache:
                 if not self._make_room(file.size, evict_before_ns):
                     return None
                 partial.rename(self._path(file))
-                return _open_kept(self._path(file), file.size)
+                arrived = _open_kept(self._path(file), file.size)
+                if arrived is not None:
+                    self._hashed.add(_identity(arrived, file))
+                return arrived
         finally:
             partial.unlink(missing_ok=True)
 
@@ -382,18 +426,29 @@ def _verify(path: Path, file: RemoteFile) -> None:
         raise OSError("what arrived fails its checksum")
 
 
-def _open_kept(path: Path, size: int) -> BinaryIO | None:
-    """Open a kept file and set its time of last use; None if it is missing, or cut short."""
+def _open_kept(path: Path, size: int) -> BufferedReader | None:
+    """Open a kept file and set its time of last use; None if it is missing, cut short or a link."""
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return None
+        file = open(path, "rb", opener=_open_no_link)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
     if os.fstat(file.fileno()).st_size != size:
         file.close()
         return None
     now = time.time_ns()  # finer than the clock of the system's own time stamps
     os.utime(file.fileno(), ns=(now, now))
     return file
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _identity(opened: BinaryIO, file: RemoteFile) -> tuple[str, int, int]:
+    status = os.fstat(opened.fileno())
+    return file.sha256, status.st_dev, status.st_ino
 
 
 def _evict(kept: list[_KeptFile], excess: int, before_ns: float = math.inf) -> bool:

@@ -58,7 +58,7 @@ class Checkpointer:
         self.publish()
         snapshot = self._engine.snapshot()
         needed = int(sum(self._engine.from_all(snapshot.size_bytes)) * _ROOM)
-        folder = self._engine.on_main(lambda: self._begin(step, needed))
+        folder = Path(self._engine.on_main(lambda: self._begin(step, needed)))
         self.step = step
         self._meta = meta
         self._written = self._thread.submit(self._write_snapshot, snapshot, folder)
@@ -93,9 +93,9 @@ class Checkpointer:
         self.stall_seconds += time.monotonic() - start
         return True
 
-    def _begin(self, step: int, needed_bytes: int) -> Path:
+    def _begin(self, step: int, needed_bytes: int) -> str:
         refuse_full_disk(self._store.folder, needed_bytes)
-        return self._store.begin(step)
+        return str(self._store.begin(step))
 
     def _write_snapshot(self, snapshot: Snapshot, folder: Path) -> tuple[str, dict[str, Any]]:
         start = time.monotonic()

@@ -5,6 +5,7 @@ Looking at one imports no torch, so it takes a second.
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,22 +61,23 @@ class RunDir:
         last = self.data.max_steps
         return self.store.steps()[-1:] == [last] and self.newest() == last
 
-    def newest(self, *, set_aside: bool = False) -> int:
+    def newest(self, *, set_aside: bool = False, up_to: float = math.inf) -> int:
         """Step of the newest valid checkpoint, 0 where there is none.
 
         Args:
             set_aside: move damaged ones out of the way; for one process alone.
+            up_to: the last step that counts.
 
         Raises:
             UserError: it belongs to other settings, shards or another tokenizer; or there are
                 checkpoints, and all of them are damaged.
         """
-        found = self.store.newest_valid(set_aside=set_aside)
+        found = self.store.newest_valid(set_aside=set_aside, up_to=up_to)
         if found is not None:
             step, manifest = found
             self._check_lineage(step, manifest.get("lineage"))
             return step
-        damaged = self.store.steps()
+        damaged = [step for step in self.store.steps() if step <= up_to]
         if damaged:
             raise UserError(
                 f"all of the {len(damaged)} checkpoints in {self.store.folder} are damaged: bring "
@@ -373,7 +375,12 @@ def _has_old_settings(run_dir: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing but what a start that was killed at once left there."""
+    """Whether a folder holds nothing that a user put there.
+
+    A start that was killed at once, an editor, a file server and a new disk leave hidden files or
+    ``lost+found``.
+    """
     if not path.is_dir():
         return False
-    return all(entry.name.startswith(f".{CONFIG_FILE}") for entry in path.iterdir())
+    names = [entry.name for entry in path.iterdir()]
+    return all(name.startswith(".") or name == "lost+found" for name in names)

@@ -46,15 +46,29 @@ class SkippedData:
         skipped = (stop - first for start, first, stop in self.windows if start <= step)
         return step + sum(skipped)
 
-    def skip(self, back: int, done: int, store: CheckpointStore) -> None:
-        """Skip, from step ``back`` on, the data of steps up to ``done``; for rank 0.
+    def before(self, step: int) -> list[tuple[int, int, int]]:
+        """The windows that decided what the steps before one were shown."""
+        return [window for window in self.windows if window[0] < step]
+
+    def first_to_skip(self, bad: int) -> int:
+        """The first step whose data is to be skipped when steps from ``bad`` on are bad.
+
+        It is the step before, which may have caused the bad ones. But where an earlier window
+        holds from ``bad`` on, it is ``bad``: a run that finds nothing but bad steps must not go
+        back further every time.
+        """
+        holds_from = [start for start, _, _ in self.windows]
+        return bad if bad in holds_from else max(0, bad - 1)
+
+    def skip(self, first: int, done: int, store: CheckpointStore) -> None:
+        """Skip, from step ``first`` on, the data of steps up to ``done``; for rank 0.
 
         Raises:
             UserError: a later start of the run has superseded this one.
         """
-        window = (back, self.data_step(back), self.data_step(done - 1) + 1)
-        # What was skipped after the checkpoint is within this window.
-        self.windows = [*(earlier for earlier in self.windows if earlier[0] <= back), window]
+        window = (first, self.data_step(first), self.data_step(done - 1) + 1)
+        # What was skipped after that step is within this window.
+        self.windows = [*(earlier for earlier in self.windows if earlier[0] <= first), window]
         records = [
             {"from_step": start, "first": first, "stop": stop}
             for start, first, stop in self.windows

@@ -18,6 +18,7 @@ class Decision:
     stop: bool  # the run
     save: bool  # a checkpoint
     all_written: bool  # every rank's part of a checkpoint waits to be published
+    is_finite: bool  # all ranks' weights are; also their moments, where a checkpoint is due
 
 
 class StopCoordinator:
@@ -52,13 +53,16 @@ class StopCoordinator:
             is_written,
             is_main and self._store.is_superseded(),
         ]
-        sums = self._engine.sum_over_ranks(torch.tensor(flags, dtype=torch.float32))
-        stops, saves, written, superseded = sums.tolist()
+        own = torch.tensor(flags, dtype=torch.float32, device=self._engine.device)
+        poison = 1 - self._engine.is_finite().float()
+        sums = self._engine.sum_over_ranks(torch.cat([own, poison.view(1)]))
+        stops, saves, written, superseded, poisoned = sums.tolist()
         if superseded:
             raise UserError(
                 f"{self._run_dir} has been superseded by a later start of the run: this one ends"
             )
-        return Decision(bool(stops), bool(saves), written == self._engine.rank_info.world_size)
+        all_written = written == self._engine.rank_info.world_size
+        return Decision(bool(stops), bool(saves), all_written, not poisoned)
 
     def acknowledge(self, *, stop: bool) -> None:
         """Remove the files that asked for what is now being done."""

@@ -1,5 +1,6 @@
 """The training loop: batches in, steps done, metrics and checkpoints out."""
 
+import dataclasses
 import platform
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from kantai.data.loader import MicroBatch, Prefetcher, stream
 from kantai.distributed.engine import Engine, StepResult
 from kantai.errors import UserError
 from kantai.evaluation.held_out import fill_masks, held_out_score
-from kantai.model.roberta import build_model
+from kantai.model.roberta import MaskedRoberta, build_model
 from kantai.optim.schedule import learning_rate
 from kantai.storage.atomic import Damaged, digest, verify
 from kantai.training.checkpointer import Checkpointer
@@ -26,7 +27,8 @@ from kantai.training.stopping import Decision, StopCoordinator
 from kantai.training.throughput import Throughput, peak_memory_gib
 from kantai.training.watchdog import Watchdog
 
-_MAX_ROLLBACKS = 3  # to one checkpoint
+_MAX_ROLLBACKS = 3  # within so many steps:
+_ROLLBACK_STEPS = 100
 _MARGIN_SECONDS = 30.0  # before the job's end
 _SECONDS_TO_DUMP_STACKS = 60.0
 _SECONDS_FOR_THE_LAUNCHER = 60.0
@@ -78,7 +80,7 @@ class Trainer:
         self.watchdog = Watchdog(failures.hang_seconds)
         self.engine = Engine(
             rank_info,
-            build_model(config.model, data.vocabulary, seq_len=data.seq_len, seed=data.seed),
+            self._new_model(),
             config.optimizer,
             config.training,
             seed=data.seed,
@@ -108,7 +110,7 @@ class Trainer:
                 self.train_step(step, micro_batches, waited_seconds)
                 done = step + 1
                 decision = self.agree(done)
-                if self.monitor.has_gone_bad:
+                if self.monitor.has_gone_bad or not decision.is_finite:
                     done = self.roll_back(done)
                     break
                 if decision.all_written:
@@ -207,20 +209,34 @@ class Trainer:
             save_is_due=self.checkpointer.is_due(done),
             is_written=self.checkpointer.is_written(),
         )
+        saves = decision.save or decision.stop or done == self.max_steps
+        # A moment that is not finite makes a weight so at the next step, but for a second moment
+        # that is infinite: its weight stands still.
+        if saves and not self.engine.has_finite_moments():
+            decision = dataclasses.replace(decision, is_finite=False)
         if self.compare_every is not None:
-            saves = decision.save or decision.stop or done == self.max_steps
             if saves or done % self.compare_every == 0:  # what is saved is to be good
                 self.publish()
                 self.engine.compare_replicas()
         return decision
 
     def roll_back(self, done: int) -> int:
-        """Go back to the newest valid checkpoint and skip the data after it. Returns its step."""
+        """Go back before the bad steps that ended now, and skip their data.
+
+        What is skipped follows from the bad steps alone, wherever the checkpoints are.
+
+        Returns:
+            The step that the run goes on from.
+        """
         self.publish()
-        back = self.engine.on_main(lambda: self._skip_data(done))
-        self._load(back)
+        first = self.skipped_data.first_to_skip(done - max(1, self.monitor.skipped_in_a_row))
+        back = self.engine.on_main(lambda: self._skip_data(first, done))
+        if back:
+            self._load(back)
+        else:
+            self.engine.begin_anew(self._new_model())
         self._restart_from(back)
-        self.logger.say(f"back to step {back}; the data of steps {back} to {done - 1} is skipped")
+        self.logger.say(f"back to step {back}; the data of steps {first} to {done - 1} is skipped")
         return back
 
     def evaluate(self, done: int) -> None:
@@ -255,7 +271,8 @@ class Trainer:
         self.stopping.acknowledge(stop=stops)
         lineage = {}
         if self.engine.rank_info.is_main:
-            lineage = {**self.run_dir.lineage, "skipped_data": self.skipped_data.windows}
+            windows = self.skipped_data.before(done)
+            lineage = {**self.run_dir.lineage, "skipped_data": windows}
         self.checkpointer.save(done, since=start, lineage=lineage)
         self.watchdog.kick()
 
@@ -307,7 +324,9 @@ class Trainer:
         losses = engine.from_main(self.logger.recent("train/loss"))
         grad_norms = engine.from_main(self.logger.recent("train/grad_norm"))
         self.monitor.restart(losses, grad_norms)
-        self.skipped_data = engine.from_main(SkippedData.of(self.run_dir.path))
+        windows = engine.on_main(lambda: SkippedData.of(self.run_dir.path).windows)
+        known = [(from_step, first, stop) for from_step, first, stop in windows]
+        self.skipped_data = SkippedData(self.skipped_data.path, known)
 
     def _enter_stage(self, step: int) -> None:
         stage = self.batches.stage_at(self.skipped_data.data_step(step))
@@ -321,20 +340,27 @@ class Trainer:
         if unshown:
             self.logger.say(unshown)
 
-    def _skip_data(self, done: int) -> int:
-        back = self.run_dir.newest(set_aside=True)
-        if back == 0:
+    def _new_model(self) -> MaskedRoberta:
+        data = self.data
+        model = self.run_dir.config.model
+        return build_model(model, data.vocabulary, seq_len=data.seq_len, seed=data.seed)
+
+    def _skip_data(self, first: int, done: int) -> int:
+        """Skip the data of steps ``first`` to ``done``. Returns the step to go back to."""
+        earlier = [step for step, _, _ in self.skipped_data.windows if step <= first]
+        rollbacks = sum(step > first - _ROLLBACK_STEPS for step in earlier)
+        if rollbacks >= _MAX_ROLLBACKS:
             raise UserError(
-                "loss or gradient are no finite numbers, and no checkpoint was saved before: "
-                "lower optimizer.learning_rate, in a new run (--run_dir=...)"
+                f"loss, gradient or weights are no finite numbers, or spike, about step {first}, "
+                f"on {rollbacks} windows of data before this one, so it is not the data: lower "
+                "optimizer.learning_rate in a new run (--run_dir=...), or look for a faulty "
+                "device with scripts/preflight.py"
             )
-        rollbacks = [from_step for from_step, _, _ in self.skipped_data.windows]
-        if rollbacks.count(back) == _MAX_ROLLBACKS:
-            raise UserError(
-                f"loss or gradient are no finite numbers after step {back} on {_MAX_ROLLBACKS} "
-                "windows of data, so it is not the data: lower optimizer.learning_rate in a new run"
-            )
-        self.skipped_data.skip(back, done, self.store)
+        back = self.run_dir.newest(set_aside=True, up_to=first)
+        # Later ones saw data that is skipped now. They go first: a kill in between must not leave
+        # a checkpoint that contradicts the record.
+        self.store.remove_after(first)
+        self.skipped_data.skip(first, done, self.store)
         return back
 
     def _peak_memory_gib(self) -> float:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -111,6 +112,39 @@ def bad_gradient() -> None:
         return real(self, *rest)
 
     PyTorch.step = spoiling  # type: ignore[method-assign]
+
+
+def poisoned_weight(at_step: int = 0) -> None:
+    """The last rank alone has an infinite weight after the first step, as a device may make it."""
+    real = Engine.train_step
+    struck: list[int] = []
+
+    def poisoning(self: Engine, step: int, *rest: Any) -> Any:
+        result = real(self, step, *rest)
+        if is_last and step == at_step and not struck:
+            struck.append(step)
+            sharded = self.optimizer.layout.tensors[0]
+            offset = next(part.offset for part in sharded.slices if part.numel)
+            sharded.tensor.data.view(-1)[offset] = float("inf")
+        return result
+
+    Engine.train_step = poisoning  # type: ignore[method-assign]
+
+
+def poisoned_weight_at_the_end() -> None:
+    """The same after the last of six steps."""
+    poisoned_weight(5)
+
+
+def pickles_refused() -> None:
+    """Ranks can exchange no pickles."""
+
+    def refusing(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle is exchanged")
+
+    c10d = torch.distributed.distributed_c10d
+    for name in ("_object_to_tensor", "_tensor_to_object"):
+        process_stack.enter_context(patch.object(c10d, name, refusing))
 
 
 def third_engine_refused() -> None:

@@ -9,7 +9,9 @@ import json
 import mmap
 import os
 import random
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,9 +26,10 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
+from kantai.data.dataset import shard_cache
 from kantai.errors import UserError
-from kantai.storage.remote_cache import Cache, RemoteFile
-from tests.helpers.commands import MAX_SECONDS, ROOT, Program, wait_until
+from kantai.storage.remote_cache import Cache, RemoteFile, private_folder
+from tests.helpers.commands import MAX_SECONDS, ROOT, Program, run_program, wait_until
 
 PLENTY = 1 << 30
 SIZE = 200_000
@@ -686,3 +689,114 @@ def test_newer_prefetch_replaces_older(tmp_path: Path, server: Server, end: str)
         wait_until(lambda: {files[0].sha256, files[2].sha256} <= whole_files(tmp_path))
     wait_until_idle(background)
     assert not server.asked["/set/1"]
+
+
+@pytest.mark.parametrize("by", ["same cache", "other cache"])
+def test_kept_file_of_same_size_is_hashed_when_first_opened(
+    by: str, tmp_path: Path, server: Server
+) -> None:
+    """The disk lost a bit, or another user of the folder changed the file."""
+    file = server.add("a")
+    writer = cache_of(server.url, tmp_path)
+    writer.open(file).close()
+    reader = writer if by == "same cache" else cache_of(server.url, tmp_path)
+    kept = next(tmp_path.glob(f"*/{file.sha256}"))
+    content = kept.read_bytes()
+    changed = kept.with_name("changed")
+    changed.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    changed.rename(kept)
+    assert arrives(reader, file)
+    assert kept.read_bytes() == content and server.asked.total() == 2
+    assert arrives(reader, file) and server.asked.total() == 2
+
+
+def test_link_in_place_of_kept_file_is_not_followed(tmp_path: Path, server: Server) -> None:
+    file = server.add("a")
+    cache = cache_of(server.url, tmp_path / "cache")
+    cache.open(file).close()
+    kept = next((tmp_path / "cache").glob(f"*/{file.sha256}"))
+    elsewhere = kept.rename(tmp_path / "elsewhere")
+    before = elsewhere.stat()
+    kept.symlink_to(elsewhere)
+    assert arrives(cache_of(server.url, tmp_path / "cache"), file)
+    assert not kept.is_symlink() and elsewhere.stat().st_mtime_ns == before.st_mtime_ns
+    assert server.asked.total() == 2
+
+
+def test_private_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
+    folder = private_folder(tmp_path / "job" / "kantai-0")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)  # as an earlier release made it
+    assert private_folder(folder).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("made", ["link", "dangling link", "file", "other user"])
+def test_folder_that_another_user_made_first_is_refused(made: str, tmp_path: Path) -> None:
+    folder = tmp_path / "kantai-0"
+    if made == "other user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        folder.mkdir()
+        os.chown(folder, 12345, 12345)
+    elif made == "file":
+        folder.touch()
+    else:
+        folder.symlink_to(tmp_path if made == "link" else tmp_path / "nothing")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="is a link, or belongs to another user"):
+        private_folder(folder)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("variable", ["SLURM_TMPDIR", "TMPDIR"])
+def test_default_cache_is_private(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    shard_cache("memory://set")
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link, or belongs to another user"):
+        shard_cache("memory://set")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["nothing", "own", "link", "other user"])
+def test_scratch_folder_of_job_is_private(made: str, tmp_path: Path) -> None:
+    """The launcher of slurm/launch.sh, outside SLURM."""
+    scratch = tmp_path / "kantai-1"
+    if made == "own":
+        scratch.mkdir(mode=0o755)
+    elif made == "link":
+        (tmp_path / "elsewhere").mkdir()
+        scratch.symlink_to(tmp_path / "elsewhere")
+    elif made == "other user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        scratch.mkdir()
+        os.chown(scratch, 12345, 12345)
+    printing = tmp_path / "tempdir.py"
+    printing.write_text("import os; print(os.environ['TMPDIR'])")
+    done = run_program(
+        ["bash", "slurm/launch.sh", "configs/accelerate/cpu.yaml", printing],
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        LOCAL_SCRATCH=str(tmp_path),
+        ATTEMPT_LOGS=str(tmp_path),
+        SLURM_JOB_ID="1",
+        SLURM_NNODES="1",
+        SLURM_NODEID="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29876",
+    )
+    if made in ("nothing", "own"):
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "rank-00000.log").read_text() == f"{scratch}\n"
+        assert scratch.stat().st_mode & 0o777 == 0o700
+    else:
+        assert done.returncode == 2 and "belongs to another user" in done.stderr
+        assert not list(tmp_path.glob("elsewhere/*"))

@@ -1,22 +1,25 @@
 """Export: a stock Hugging Face folder, loaded back and compared before anybody can see it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import RobertaForMaskedLM, pipeline
 
 from kantai.config.loading import to_yaml
+from kantai.data.tokenizer import Vocabulary
 from kantai.errors import UserError
 from kantai.model.roberta import MaskedRoberta
-from kantai.storage.atomic import MANIFEST, staged
+from kantai.storage.atomic import staged
 from kantai.training.metrics import read_metrics
 from kantai.training.run_dir import RunDir
 
 _MAX_DIFFERENCE = 1e-4  # of a logit, between two paths through the same fp32 weights
+# Folders of earlier releases of transformers have these beside tokenizer_config.json.
+_SPECIAL_TOKENS_FILES = ("special_tokens_map.json", "added_tokens.json")
 
 
 def export(run_dir: RunDir, model: MaskedRoberta, step: int, output: Path) -> float:
@@ -35,10 +38,9 @@ def export(run_dir: RunDir, model: MaskedRoberta, step: int, output: Path) -> fl
     """
     lineage = {"step": step, "run": str(run_dir.path), **run_dir.lineage}
     with staged(output, kind="model", lineage=lineage) as folder:
-        stock = RobertaForMaskedLM(model.config)
-        stock.load_state_dict(model.state_dict())
-        stock.save_pretrained(folder)
-        _copy_tokenizer(Path(run_dir.config.data.tokenizer), folder, run_dir.data.seq_len)
+        _write_model(model, folder)
+        source = Path(run_dir.config.data.tokenizer)
+        _write_tokenizer(source, folder, run_dir.data.vocabulary, run_dir.data.seq_len)
         card = _model_card(run_dir, model, lineage)
         (folder / "README.md").write_text(card, encoding="utf-8")
         difference = _difference(run_dir, model, folder)
@@ -50,23 +52,64 @@ def export(run_dir: RunDir, model: MaskedRoberta, step: int, output: Path) -> fl
     return difference
 
 
-def _copy_tokenizer(source: Path, folder: Path, seq_len: int) -> None:
-    for path in source.iterdir():
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)
+def _write_model(model: MaskedRoberta, folder: Path) -> None:
+    stock = RobertaForMaskedLM(model.config)
+    stock.load_state_dict(model.state_dict())
+    state = stock.state_dict()
+    # transformers 4.43 to 4.48 read the bias under this name alone; without it, they take zeros.
+    state["lm_head.decoder.bias"] = state["lm_head.bias"].clone()
+    stock.save_pretrained(folder, state_dict=state)
+
+
+def _write_tokenizer(source: Path, folder: Path, vocabulary: Vocabulary, seq_len: int) -> None:
+    """Write a tokenizer's files anew. What else lies in its folder is not taken along."""
+    tokenizer = vocabulary.tokenizer
+    text = _for_older_readers(tokenizer)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    tokenizer.model.save(str(folder))
+    for name in _SPECIAL_TOKENS_FILES:
+        if (source / name).exists():
+            _write_json(folder / name, _read_json(source / name))
+    path = source / "tokenizer_config.json"
+    config = _read_json(path) if path.exists() else {"tokenizer_class": "RobertaTokenizer"}
+    config.pop("auto_map", None)  # names a Python file, which is not taken along
     # The model has positions for seq_len tokens only: beyond, PyTorch would fail with an index
     # out of range.
-    path = folder / "tokenizer_config.json"
-    config = {"tokenizer_class": "RobertaTokenizer"}
+    _write_json(folder / path.name, {**config, "model_max_length": seq_len})
+
+
+def _for_older_readers(tokenizer: Tokenizer) -> str:
+    """A ``tokenizer.json`` with the merges as strings.
+
+    tokenizers before 0.20, which transformers 4.30 to 4.44 bring, know no pairs. A token with a
+    space in it needs pairs.
+    """
+    pairs = tokenizer.to_str(pretty=True)
+    tree = json.loads(pairs)
+    merges = tree["model"].get("merges")
+    if merges is None or any(" " in token for merge in merges for token in merge):
+        return pairs
+    tree["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(tree, indent=2, ensure_ascii=False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object from a file of a tokenizer's folder."""
+    folder = path.parent.resolve()
+    # The cache of the Hugging Face Hub links to its blobs.
+    if path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
+        raise UserError(f"{path} is a link out of its folder: put the file itself there")
     try:
-        if path.exists():
-            config = json.loads(path.read_bytes())
-        text = json.dumps({**config, "model_max_length": seq_len}, indent=1)
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{source / path.name} is not a tokenizer's config: bring it back from a copy"
-        ) from None
-    path.write_text(text + "\n", encoding="utf-8")
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a tokenizer's config: bring it back from a copy")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

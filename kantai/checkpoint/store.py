@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kantai.errors import UserError
-from kantai.storage.atomic import Damaged, fsync, publish, verify
+from kantai.storage.atomic import Damaged, fsync, publish, read_manifest, verify
+
+HELD_OUT_LOSS = "held_out_loss"  # in the manifest of a checkpoint that was scored
 
 
 class CheckpointStore:
@@ -102,8 +104,9 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
-        matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in matches if match)
+        names = (path.name for path in self.folder.glob("step-*"))
+        steps = {int(name[5:]): name for name in names if re.fullmatch(r"step-\d+", name)}
+        return sorted(step for step, name in steps.items() if name == self.path(step).name)
 
     def newest_valid(self, *, set_aside: bool = False) -> tuple[int, dict[str, Any]] | None:
         """Step and manifest of the newest checkpoint whose every byte is as it was written.
@@ -113,10 +116,15 @@ class CheckpointStore:
                 that may write.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        while steps:
+            step = steps.pop()
             try:
                 manifest = verify(self.path(step))
             except Damaged as damage:
+                if not self.path(step).exists():  # a start that is at work has pruned it
+                    steps = [later for later in self.steps() if later not in damaged]
+                    continue
                 print(f"checkpoint {step} is damaged and not used: {damage}", flush=True)
                 damaged.append(step)
                 continue
@@ -124,6 +132,21 @@ class CheckpointStore:
                 self._set_aside(damaged)
             return step, manifest
         return None
+
+    def scores(self) -> dict[int, float]:
+        """Held-out losses by step, of the checkpoints that were scored."""
+        scores = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                loss = read_manifest(self.path(step)).get(HELD_OUT_LOSS)
+                if isinstance(loss, float):
+                    scores[step] = loss
+        return scores
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest held-out loss; None where none was scored."""
+        scores = self.scores()
+        return min(scores, key=lambda step: (scores[step], -step), default=None)
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
@@ -134,9 +157,12 @@ class CheckpointStore:
                 (attempt / aside.name).rename(aside)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest ``keep`` checkpoints. Verify the newest before."""
+        """Remove all but the newest ``keep`` checkpoints and the best. Verify the newest before."""
         with self._fenced() as attempt:
+            best = self.best()
             for step in self.steps()[:-keep]:
+                if step == best:
+                    continue
                 # Renamed first: a kill during the removal must not leave a checkpoint with files
                 # missing under its name.
                 pruned = attempt / f"pruned-{step}"

@@ -230,7 +230,11 @@ class CheckpointConfig(Section):
         json_schema_extra=MAY_CHANGE,
     )
     keep: int = Field(
-        3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE
+        3,
+        ge=2,
+        description="newest checkpoints kept; at least two. The best is kept, too: the one with "
+        "the lowest held-out loss, of those that were saved at an evaluation",
+        json_schema_extra=MAY_CHANGE,
     )
 
 

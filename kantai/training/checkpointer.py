@@ -1,12 +1,13 @@
 """Checkpoints that training does not wait for: copied at once, written by a thread."""
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from kantai.checkpoint.state import Snapshot
-from kantai.checkpoint.store import CheckpointStore, refuse_full_disk
+from kantai.checkpoint.store import HELD_OUT_LOSS, CheckpointStore, refuse_full_disk
 from kantai.config.schema import CheckpointConfig
 from kantai.distributed.engine import Engine
 from kantai.errors import UserError
@@ -65,12 +66,17 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         self.stall_seconds = self._saved_at - since
 
+    def score(self, step: int, held_out_loss: float) -> None:
+        """Note the held-out loss of the checkpoint of ``step``, if it is not published yet."""
+        if self._written is not None and self.step == step and math.isfinite(held_out_loss):
+            self._meta[HELD_OUT_LOSS] = held_out_loss
+
     def is_written(self) -> bool:
         """Whether this rank's part of a checkpoint waits to be published."""
         return self._written is not None and self._written.done()
 
     def publish(self) -> bool:
-        """Wait for all ranks' parts, publish the checkpoint if there is one; remove the oldest.
+        """Wait for all ranks' parts, publish the checkpoint if there is one; prune others.
 
         Raises:
             UserError: the checkpoint could not be written. Earlier ones are as they were.

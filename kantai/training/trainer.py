@@ -229,6 +229,7 @@ class Trainer:
             unigram_entropy=self.data.unigram_entropy,
             peak_memory_gib=self._peak_memory_gib(),
         )
+        self.checkpointer.score(done, score.loss)
         self.evaluation_seconds = time.perf_counter() - start
         self.watchdog.kick()
 

@@ -226,14 +226,15 @@ class CheckpointConfig(Section):
     every_steps: Positive | None = Field(
         None,
         description="steps between checkpoints; one more is saved at the end. Default: every ten "
-        "minutes, or less often where saving would hold training up for over 2 % of the time",
+        "minutes and at evaluations, or less often where saving would hold training up for over "
+        "2 % of the time",
         json_schema_extra=MAY_CHANGE,
     )
     keep: int = Field(
         3,
         ge=2,
         description="newest checkpoints kept; at least two. The best is kept, too: the one with "
-        "the lowest held-out loss, of those that were saved at an evaluation",
+        "the lowest held-out loss, if checkpoints are saved at evaluations",
         json_schema_extra=MAY_CHANGE,
     )
 

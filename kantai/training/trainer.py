@@ -189,7 +189,7 @@ class Trainer:
             seconds_needed=2 * (self.throughput.seconds_per_step + saving_seconds)
             + self.evaluation_seconds
             + _MARGIN_SECONDS,
-            save_is_due=self.checkpointer.is_due(done),
+            save_is_due=self.checkpointer.is_due(done, is_scored=done % self.evaluate_every == 0),
             is_written=self.checkpointer.is_written(),
         )
         if self.compare_every is not None:

@@ -163,11 +163,11 @@ def _model_card(run_dir: RunDir, model: MaskedRoberta, lineage: dict[str, Any]) 
 
 def _last_score(metrics: Path, step: int) -> dict[str, str]:
     """The last held-out score up to a step, for the card."""
-    records = read_metrics(metrics) if metrics.exists() else iter(())
+    records = read_metrics(metrics, "held_out/loss") if metrics.exists() else iter(())
     scores = [
         record
         for record in records
-        if record.get("held_out/loss") is not None and record["step"] <= step
+        if isinstance(record["held_out/loss"], float) and record["step"] <= step
     ]
     if not scores:
         return {}

@@ -133,6 +133,14 @@ class CheckpointStore:
             return step, manifest
         return None
 
+    def recent(self, name: str, step: int) -> list[float]:
+        """The last values of a metric before a checkpoint; none where its manifest has none."""
+        recent = read_manifest(self.path(step)).get("recent")
+        values = recent.get(name) if isinstance(recent, dict) else None
+        if not isinstance(values, list):
+            return []
+        return [value for value in values if isinstance(value, float)]
+
     def scores(self) -> dict[int, float]:
         """Held-out losses by step, of the checkpoints that were scored."""
         scores = {}

@@ -213,6 +213,13 @@ class TrainingConfig(Section):
         json_schema_extra=MAY_CHANGE,
     )
 
+    log_every_steps: Positive = Field(
+        1,
+        description="steps between records of metrics, which have the means over these steps; a "
+        "skipped step always has a record of its own, and every checkpoint has one",
+        json_schema_extra=MAY_CHANGE,
+    )
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
         if (self.max_steps is None) == (self.epochs is None):

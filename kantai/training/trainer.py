@@ -15,7 +15,7 @@ from kantai.evaluation.held_out import fill_masks, held_out_score
 from kantai.model.roberta import build_model
 from kantai.optim.schedule import learning_rate
 from kantai.training.checkpointer import Checkpointer
-from kantai.training.loss_monitor import LossMonitor
+from kantai.training.loss_monitor import MONITORED, LossMonitor
 from kantai.training.run_dir import RunDir
 from kantai.training.run_logger import RunLogger
 from kantai.training.skipped_data import SkippedData
@@ -123,6 +123,7 @@ class Trainer:
             self.throughput,
             done=done,
             max_steps=self.max_steps,
+            log_every=self.run_dir.config.training.log_every_steps,
             is_main=self.engine.rank_info.is_main,
         )
         self._restart_from(done)
@@ -242,7 +243,8 @@ class Trainer:
         lineage = {}
         if self.engine.rank_info.is_main:
             lineage = {**self.run_dir.lineage, "skipped_data": self.skipped_data.windows}
-        self.checkpointer.save(done, since=start, lineage=lineage)
+        recent = self.monitor.history()
+        self.checkpointer.save(done, since=start, lineage=lineage, recent=recent)
         self.watchdog.kick()
 
     def publish(self) -> None:
@@ -275,10 +277,16 @@ class Trainer:
         """Take up metrics, their history and the skipped data as they are behind a checkpoint."""
         engine = self.engine
         engine.on_main(lambda: self.logger.open(done))
-        losses = engine.from_main(self.logger.recent("train/loss"))
-        grad_norms = engine.from_main(self.logger.recent("train/grad_norm"))
+        losses, grad_norms = engine.from_main([self._recent(name, done) for name in MONITORED])
         self.monitor.restart(losses, grad_norms)
         self.skipped_data = engine.from_main(SkippedData.of(self.run_dir.path))
+
+    def _recent(self, name: str, done: int) -> list[float]:
+        """The last values of a metric; a checkpoint of earlier releases has them in the metrics."""
+        if not self.engine.rank_info.is_main:
+            return []
+        saved = self.store.recent(name, done) if done else []
+        return saved or self.logger.recent(name)
 
     def _enter_stage(self, step: int) -> None:
         stage = self.batches.stage_at(self.skipped_data.data_step(step))

@@ -216,3 +216,13 @@ def test_newest_outlives_pruning_while_it_is_read(
     monkeypatch.setattr(reader, "steps", lambda: next(stale, None) or fresh())
     assert reader.newest_valid() == (4, verify(store.path(4)))
     assert capsys.readouterr().out == ""
+
+
+def test_manifest_gives_recent_values(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 5)
+    assert store.recent("train/loss", 5) == []
+    for step, recent in ((6, {"train/loss": [2.5, 3.0]}), (7, ["a"]), (8, {"train/loss": None})):
+        folder = store.begin(step)
+        (folder / "state").write_text("state")
+        store.publish(step, {"state": manifest_entry(folder / "state")}, recent=recent)
+    assert [store.recent("train/loss", step) for step in (6, 7, 8)] == [[2.5, 3.0], [], []]

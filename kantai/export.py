@@ -1,6 +1,7 @@
 """Export: a stock Hugging Face folder, loaded back and compared before anybody can see it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _write_model(model: MaskedRoberta, folder: Path) -> None:
     stock = RobertaForMaskedLM(model.config)
     stock.load_state_dict(model.state_dict())
     state = stock.state_dict()
-    # transformers 4.43 to 4.48 read the bias under this name alone; without it, they take zeros.
+    # transformers 4.43 to 4.50 read the bias under this name alone; without it, they take zeros.
     state["lm_head.decoder.bias"] = state["lm_head.bias"].clone()
     stock.save_pretrained(folder, state_dict=state)
 
@@ -79,18 +80,31 @@ def _write_tokenizer(source: Path, folder: Path, vocabulary: Vocabulary, seq_len
 
 
 def _for_older_readers(tokenizer: Tokenizer) -> str:
-    """A ``tokenizer.json`` with the merges as strings.
+    """A ``tokenizer.json`` as tokenizers before 0.20 read it, which transformers up to 4.44 bring.
 
-    tokenizers before 0.20, which transformers 4.30 to 4.44 bring, know no pairs. A token with a
-    space in it needs pairs.
+    They know merges as strings alone, which a token with a space in it does not allow, and before
+    0.15 they know no ``prepend_scheme``.
     """
-    pairs = tokenizer.to_str(pretty=True)
-    tree = json.loads(pairs)
+    tree = json.loads(tokenizer.to_str())
     merges = tree["model"].get("merges")
-    if merges is None or any(" " in token for merge in merges for token in merge):
-        return pairs
-    tree["model"]["merges"] = [" ".join(merge) for merge in merges]
-    return json.dumps(tree, indent=2, ensure_ascii=False)
+    if merges and not any(" " in token for merge in merges for token in merge):
+        tree["model"]["merges"] = [" ".join(merge) for merge in merges]
+    for part in _metaspaces([tree.get("pre_tokenizer"), tree.get("decoder")]):
+        part["add_prefix_space"] = part["prepend_scheme"] != "never"
+    before = tokenizer.to_str(pretty=True)
+    after = json.dumps(tree, indent=2, ensure_ascii=False)
+    # Both are read once, which may move the last bit of a score.
+    is_equal = Tokenizer.from_str(after).to_str() == Tokenizer.from_str(before).to_str()
+    return after if is_equal else before
+
+
+def _metaspaces(tree: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a tokenizer that take spaces for letters, as SentencePiece does."""
+    if isinstance(tree, dict) and "prepend_scheme" in tree:
+        yield tree
+    for part in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(part, dict | list):
+            yield from _metaspaces(part)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from kantai.data.tokenizer import load_tokenizer, save_tokenizer
+from kantai.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer
 from kantai.errors import UserError
-from kantai.export import export
+from kantai.export import _for_older_readers, export
 from kantai.storage.atomic import staged
 from tests.conftest import make_shards
 from tests.helpers.saved_run import make_saved_run, model_at
@@ -49,7 +49,7 @@ def merges(folder: Path) -> list[Any]:
 
 
 def test_export_has_what_older_readers_need(export_with: Export, tokenizer_dir: Path) -> None:
-    """transformers 4.30 to 4.44 read merges as strings, 4.43 to 4.48 the bias by another name."""
+    """transformers 4.30 to 4.44 read merges as strings, 4.43 to 4.50 the bias by another name."""
     model = export_with(tokenizer_dir)
     assert all(isinstance(merge, str) for merge in merges(model))
     assert [merge.split() for merge in merges(model)] == merges(tokenizer_dir)
@@ -152,3 +152,20 @@ def test_added_tokens_and_settings_reach_export(
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert loaded.tokenize("reine kritik")[-1] == "kritik"
     assert "auto_map" not in (tmp_path / "model" / "tokenizer_config.json").read_text()
+
+
+def test_metaspace_tokenizer_has_what_older_readers_need(corpus_file: Path, tmp_path: Path) -> None:
+    """transformers 4.30 to 4.34 read the setting of a leading space by another name."""
+    own = Tokenizer(models.Unigram())
+    own.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace()])
+    own.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=list(SPECIAL_TOKENS), unk_token="<unk>"
+    )
+    own.train_from_iterator(corpus_file.read_text().splitlines()[:500], trainer)
+    tree = json.loads(_for_older_readers(own))
+    assert tree["pre_tokenizer"]["pretokenizers"][0]["add_prefix_space"] is True
+    assert tree["decoder"]["add_prefix_space"] is True
+    assert "merges" not in tree["model"]
+    again = Tokenizer.from_str(json.dumps(tree))
+    assert again.encode("Two  words, 12.").ids == own.encode("Two  words, 12.").ids

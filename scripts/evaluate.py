@@ -1,6 +1,8 @@
-"""Score the newest checkpoint of a run on its held-out split.
+"""Score a checkpoint of a run, by default the newest, on the run's held-out split.
 
 python scripts/evaluate.py runs/quickstart/run
+python scripts/evaluate.py runs/quickstart/run --step 1000
+python scripts/evaluate.py runs/moved --data.shards=new/shards --data.tokenizer=new/tokenizer
 """
 
 import argparse
@@ -11,22 +13,30 @@ from kantai.training.run_dir import open_saved_run
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="--data.shards=... and --data.tokenizer=... say where these are now; other settings "
+        "that may change between a run's starts can be given alike",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="run directory")
-    arguments = parser.parse_args()
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    which.add_argument(
+        "--best", action="store_true", help="the checkpoint with the lowest held-out loss"
+    )
+    arguments, overrides = parser.parse_known_args()
 
-    run_dir, step = open_saved_run(arguments.run)
+    run_dir, step = open_saved_run(arguments.run, overrides, arguments.step, best=arguments.best)
     import torch
 
-    from kantai.checkpoint.state import load_weights
     from kantai.evaluation.held_out import held_out_score
-    from kantai.model.roberta import build_model
+    from kantai.training.saved_model import load_saved_model
 
     data = run_dir.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(run_dir.config.model, data.vocabulary, seq_len=data.seq_len, seed=data.seed)
-    load_weights(model, run_dir.store.path(step))
+    model, step = load_saved_model(
+        run_dir, step, lambda: run_dir.choose(arguments.step, best=arguments.best)
+    )
     score = held_out_score(model.to(device), *data.held_out_batches(), rank=0, device=device)
     print(f"step {step}, {score.masked:,} masked tokens of the held-out split")
     print(f"loss        {score.loss:.4f} nats a masked token")

@@ -1,6 +1,8 @@
-"""Export the newest checkpoint of a run as a Hugging Face model folder.
+"""Export a checkpoint of a run, by default the newest, as a Hugging Face model folder.
 
 python scripts/export.py runs/quickstart/run --output model
+python scripts/export.py runs/quickstart/run --output model --best
+python scripts/export.py runs/moved --output model --data.tokenizer=new/place/tokenizer
 
 The folder appears only after it was loaded back and has given the same logits.
 """
@@ -15,24 +17,31 @@ from kantai.training.run_dir import open_saved_run
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="--data.shards=... and --data.tokenizer=... say where these are now; other settings "
+        "that may change between a run's starts can be given alike",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="run directory")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    arguments = parser.parse_args()
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    which.add_argument(
+        "--best", action="store_true", help="the checkpoint with the lowest held-out loss"
+    )
+    arguments, overrides = parser.parse_known_args()
 
     check_output(arguments.output)  # before seconds of imports
-    run_dir, step = open_saved_run(arguments.run)
+    run_dir, step = open_saved_run(arguments.run, overrides, arguments.step, best=arguments.best)
     from transformers.utils import logging
 
-    from kantai.checkpoint.state import load_weights
     from kantai.export import export
-    from kantai.model.roberta import build_model
+    from kantai.training.saved_model import load_saved_model
 
     logging.disable_progress_bar()
-    data = run_dir.data
-    model = build_model(run_dir.config.model, data.vocabulary, seq_len=data.seq_len, seed=data.seed)
-    load_weights(model, run_dir.store.path(step))
+    model, step = load_saved_model(
+        run_dir, step, lambda: run_dir.choose(arguments.step, best=arguments.best)
+    )
     difference = export(run_dir, model, step, arguments.output)
     print(
         f'{arguments.output}: step {step}, loaded back with pipeline("fill-mask"), '

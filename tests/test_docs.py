@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import kantai.data.tokenizer
-from kantai.config.loading import load_config
+from kantai.config.loading import load_config, schema
 from kantai.config.reference import reference
 from kantai.config.schema import Config
 from kantai.errors import UserError
@@ -124,7 +124,9 @@ def check_program(program: str, arguments: list[str]) -> None:
     if config is not None:
         check_config(config, parsed.rest)
     else:
-        assert not parsed.rest, f"{program} does not know {parsed.rest}"
+        known = [f"--{key}" for key, _ in schema(Config)]
+        unknown = [argument for argument in parsed.rest if argument.split("=")[0] not in known]
+        assert not unknown, f"{program} does not know {unknown}"
 
 
 def check_launch(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kantai.errors import UserError
 from kantai.model.roberta import MaskedRoberta
 from kantai.optim.optimizer import MOMENTS, Optimizer
-from kantai.storage.atomic import manifest_entry
+from kantai.storage.atomic import MANIFEST, Damaged, manifest_entry, read_manifest
 
 _NUMBERS = "numbers"
 _MAX_HEADER_BYTES = 512  # of a tensor: its name, shape and offsets
@@ -97,8 +97,8 @@ class SavedState:
         """
         self.checkpoint = checkpoint
         try:
-            paths = sorted(checkpoint.glob("state-*.safetensors"))
-            files = [safe_open(path, framework="pt") for path in paths]
+            names = _file_names(checkpoint)
+            files = [safe_open(checkpoint / name, framework="pt") for name in names]
             self._files = {name: file for file in files for name in file.keys()}
             self.shapes = {
                 name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
@@ -106,7 +106,7 @@ class SavedState:
             self.metadata: dict[str, str] = {}
             for file in files:
                 self.metadata |= file.metadata() or {}
-        except SafetensorError as error:
+        except (Damaged, SafetensorError) as error:
             raise UserError(f"{checkpoint} is no checkpoint: {error}") from None
         except OSError as error:  # it says nothing of the content: rights, too many open files
             raise UserError(f"{checkpoint} cannot be read: {error}") from None
@@ -163,6 +163,13 @@ class InitialState:
         parameter, _, moment = name.partition("/")
         weight = self._weights[parameter].detach()
         return torch.zeros_like(weight) if moment else weight
+
+
+def _file_names(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint, by its manifest, which knows no copy that a sync tool left."""
+    if (checkpoint / MANIFEST).exists():
+        return sorted(read_manifest(checkpoint)["files"])
+    return sorted(path.name for path in checkpoint.glob("state-*.safetensors"))  # not published
 
 
 def load_weights(model: MaskedRoberta, checkpoint: Path) -> None:

@@ -18,7 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from kantai.errors import UserError
-from kantai.storage.atomic import Damaged, fsync, publish, verify
+from kantai.storage.atomic import Damaged, fsync, publish, read_manifest, verify
+
+HELD_OUT_LOSS = "held_out_loss"  # in the manifest of a checkpoint that was scored
 
 
 class CheckpointStore:
@@ -126,8 +128,19 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
-        matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in matches if match)
+        names = (path.name for path in self.folder.glob("step-*"))
+        steps = {int(name[5:]): name for name in names if re.fullmatch(r"step-\d+", name)}
+        return sorted(step for step, name in steps.items() if name == self.path(step).name)
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """The manifest of a checkpoint whose every byte is as it was written, and number finite.
+
+        Raises:
+            Damaged: it is not.
+        """
+        manifest = verify(self.path(step))
+        _refuse_bad_numbers(self.path(step), manifest)
+        return manifest
 
     def newest_valid(
         self, *, set_aside: bool = False, up_to: float = math.inf
@@ -143,11 +156,16 @@ class CheckpointStore:
             up_to: the last step that counts.
         """
         damaged = []
-        for step in reversed([step for step in self.steps() if step <= up_to]):
+        steps = [step for step in self.steps() if step <= up_to]
+        while steps:
+            step = steps.pop()
             try:
-                manifest = verify(self.path(step))
-                _refuse_bad_numbers(self.path(step), manifest)
+                manifest = self.verify(step)
             except Damaged as damage:
+                if not self.path(step).exists():  # a start that is at work has pruned it
+                    found = [step for step in self.steps() if step <= up_to]
+                    steps = [step for step in found if step not in damaged]
+                    continue
                 print(f"checkpoint {step} is damaged and not used: {damage}", flush=True)
                 damaged.append(step)
                 continue
@@ -155,6 +173,29 @@ class CheckpointStore:
                 self._set_aside(damaged)
             return step, manifest
         return None
+
+    def recent(self, name: str, step: int) -> list[float]:
+        """The last values of a metric before a checkpoint; none where its manifest has none."""
+        recent = read_manifest(self.path(step)).get("recent")
+        values = recent.get(name) if isinstance(recent, dict) else None
+        if not isinstance(values, list):
+            return []
+        return [value for value in values if isinstance(value, float)]
+
+    def scores(self) -> dict[int, float]:
+        """Held-out losses by step, of the checkpoints that were scored."""
+        scores = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                loss = read_manifest(self.path(step)).get(HELD_OUT_LOSS)
+                if isinstance(loss, float):
+                    scores[step] = loss
+        return scores
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest held-out loss; None where none was scored."""
+        scores = self.scores()
+        return min(scores, key=lambda step: (scores[step], -step), default=None)
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
@@ -165,8 +206,9 @@ class CheckpointStore:
                 (attempt / aside.name).rename(aside)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest ``keep`` checkpoints. Verify the newest before."""
-        self._remove(self.steps()[:-keep])
+        """Remove all but the newest ``keep`` checkpoints and the best. Verify the newest before."""
+        best = self.best()
+        self._remove([step for step in self.steps()[:-keep] if step != best])
 
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints after a step: the run will do its steps anew, on other data."""

@@ -222,6 +222,13 @@ class TrainingConfig(Section):
         json_schema_extra=MAY_CHANGE,
     )
 
+    log_every_steps: Positive = Field(
+        1,
+        description="steps between records of metrics, which have the means over these steps; a "
+        "skipped step always has a record of its own, and every checkpoint has one",
+        json_schema_extra=MAY_CHANGE,
+    )
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
         if (self.max_steps is None) == (self.epochs is None):
@@ -235,11 +242,16 @@ class CheckpointConfig(Section):
     every_steps: Positive | None = Field(
         None,
         description="steps between checkpoints; one more is saved at the end. Default: every ten "
-        "minutes, or less often where saving would hold training up for over 2 % of the time",
+        "minutes and at evaluations, or less often where saving would hold training up for over "
+        "2 % of the time",
         json_schema_extra=MAY_CHANGE,
     )
     keep: int = Field(
-        3, ge=2, description="newest checkpoints kept; at least two", json_schema_extra=MAY_CHANGE
+        3,
+        ge=2,
+        description="newest checkpoints kept; at least two. The best is kept, too: the one with "
+        "the lowest held-out loss, if checkpoints are saved at evaluations",
+        json_schema_extra=MAY_CHANGE,
     )
 
 

@@ -124,10 +124,9 @@ def _convert_tensors(before: Path, after: Path) -> None:
 
 
 def _convert_lines(store: CheckpointStore, before: Path, after: Path) -> None:
-    records = [_renamed(record) for record in read_json_lines(before)]
-    with store.replaced(after) as partial:
-        lines = (json.dumps(record) + "\n" for record in records)
-        partial.write_text("".join(lines), encoding="utf-8")
+    with store.replaced(after) as partial, partial.open("w", encoding="utf-8") as file:
+        for record in read_json_lines(before):
+            file.write(json.dumps(_renamed(record)) + "\n")
 
 
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from kantai.distributed.engine import StepResult
 
+MONITORED = ("train/loss", "train/grad_norm")
+
 
 class LossMonitor:
     """Knows the losses and gradient norms of the last 100 steps that were not skipped.
@@ -35,6 +37,11 @@ class LossMonitor:
         self._losses = deque(losses, maxlen=self.HISTORY)
         self._grad_norms = deque(grad_norms, maxlen=self.HISTORY)
         self.skipped_in_a_row = 0
+
+    def history(self) -> dict[str, list[float]]:
+        """What :meth:`restart` takes up, under the metrics' names."""
+        kept = (list(self._losses), list(self._grad_norms))
+        return dict(zip(MONITORED, kept, strict=True))
 
     def limits(self) -> tuple[float, float]:
         """The loss and the gradient norm above which the next step is to be skipped."""

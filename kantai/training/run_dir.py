@@ -31,7 +31,7 @@ from kantai.config.schema import MAY_CHANGE_WITHOUT_DROPOUT, Config
 from kantai.data.dataset import Data, open_data, stream_version
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
-from kantai.storage.atomic import digest, refuse_url, replaced, sha256
+from kantai.storage.atomic import Damaged, digest, refuse_url, replaced, sha256
 from kantai.training.skipped_data import SkippedData
 
 CONFIG_FILE = "config.yaml"
@@ -104,6 +104,43 @@ class RunDir:
         self.store.supersede()
         self.create()
         return self.newest(set_aside=True)
+
+    def choose(self, step: int | None = None, *, best: bool = False) -> int:
+        """Step of a valid checkpoint: of ``step``, or the best, or the newest.
+
+        Raises:
+            UserError: it is not there, or damaged, or of other settings or data.
+        """
+        if best:
+            step = self.store.best()
+            if step is None:
+                raise UserError(
+                    f"no checkpoint in {self.store.folder} was scored: a run scores those that it "
+                    "saves at an evaluation (checkpoint.every_steps: a multiple of "
+                    "evaluation.every_steps); or choose with --step"
+                )
+        if step is None:
+            newest = self.newest()
+            if newest == 0:
+                raise UserError(
+                    f"{self.path} has no valid checkpoint yet: run pretrain.py until it saves one"
+                )
+            return newest
+        try:
+            manifest = self.store.verify(step)
+        except Damaged as damage:
+            if self.store.path(step).exists():
+                raise UserError(
+                    f"checkpoint {step} is damaged: {damage}; choose another with --step"
+                ) from None
+            if best:  # a start that is at work has a better one, and has removed this one
+                return self.choose(best=True)
+            steps = ", ".join(map(str, self.store.steps())) or "none"
+            raise UserError(
+                f"{self.store.folder} has no checkpoint of step {step}; it has {steps}"
+            ) from None
+        self._check_lineage(step, manifest.get("lineage"))
+        return step
 
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
@@ -283,27 +320,38 @@ def _begun_with(run_dir: Path, config: Config) -> Config:
     return begun.model_copy(update={"batch": begun.batch.model_copy(update=rows)})
 
 
-def open_saved_run(run_dir: str | Path) -> tuple[RunDir, int]:
-    """An existing run with its data, and the step of its newest valid checkpoint.
+def open_saved_run(
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    *,
+    best: bool = False,
+) -> tuple[RunDir, int]:
+    """An existing run with its data, and the step of the checkpoint that is chosen.
+
+    Args:
+        overrides: say where shards and tokenizer are now, for example.
 
     Raises:
-        UserError: no run there, its data is gone, or it has saved nothing yet.
+        UserError: no run there, its data is gone, or the checkpoint is; see
+            :meth:`RunDir.choose`.
     """
-    config = saved_config(run_dir)
+    config = saved_config(run_dir, overrides)
+    for key in ("shards", "tokenizer"):
+        place = getattr(config.data, key)
+        if "://" not in place and not Path(place).exists():
+            raise UserError(
+                f"data.{key} is not at {place} any more: say where it is now, with --data.{key}=..."
+            )
     opened = RunDir(Path(config.run_dir), config, open_data(config))
-    step = opened.newest()
-    if step == 0:
-        raise UserError(
-            f"{run_dir} has no valid checkpoint yet: run pretrain.py until it saves one"
-        )
-    return opened, step
+    return opened, opened.choose(step, best=best)
 
 
-def saved_config(run_dir: str | Path) -> Config:
-    """The config of an existing run directory.
+def saved_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of an existing run directory, with overrides that do not change its result.
 
     Raises:
-        UserError: there is none, or it is of another release.
+        UserError: there is none, or it is of another release, or of another run with the overrides.
     """
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
@@ -313,7 +361,9 @@ def saved_config(run_dir: str | Path) -> Config:
     check_version(path.parent)
     # The directory may have been moved since.
     moved = {"run_dir": str(Path(run_dir).absolute())}
-    return load_config(path).model_copy(update=moved)
+    config = load_config(path, overrides).model_copy(update=moved)
+    refuse_other_run(config, load_config(path))
+    return config
 
 
 def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """What a run says of itself: metrics, TensorBoard and the terminal."""
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +11,54 @@ from kantai.distributed.engine import StepResult
 from kantai.evaluation.held_out import Score
 from kantai.output import plain
 from kantai.training.loss_monitor import LossMonitor
-from kantai.training.metrics import Metrics
+from kantai.training.metrics import USEFUL_SECONDS, Metrics
 from kantai.training.progress import Progress
 from kantai.training.throughput import Throughput
 
 Fills = Sequence[tuple[str, Sequence[tuple[str, float]]]]  # prompts, and words with probabilities
+
+
+class StepMeans:
+    """The steps since the last record.
+
+    Attributes:
+        steps: their number.
+        last_step: counted from 1.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.last_step = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._last: dict[str, float] = {}
+
+    def add(
+        self,
+        step: int,
+        result: StepResult,
+        learning_rate: float,
+        step_seconds: float,
+        data_wait_seconds: float,
+    ) -> None:
+        """Take note of a step."""
+        self.steps += 1
+        self.last_step = step
+        self._sums["train/loss"] += result.loss
+        self._sums["train/accuracy"] += result.accuracy
+        self._sums["train/grad_norm"] += result.grad_norm
+        self._sums["speed/step_seconds"] += step_seconds
+        self._sums["speed/data_wait_seconds"] += data_wait_seconds
+        self._last = {
+            "train/learning_rate": learning_rate,
+            "train/skipped": float(result.skipped),
+            "train/loss_scale": result.loss_scale,
+        }
+
+    def values(self) -> dict[str, float]:
+        """Means; but learning rate and loss scale as they were at the last step."""
+        means = {name: value / self.steps for name, value in self._sums.items()}
+        perplexity = math.exp(min(means["train/loss"], 700.0))
+        return {**means, "train/perplexity": perplexity, **self._last}
 
 
 class RunLogger:
@@ -31,10 +76,17 @@ class RunLogger:
         *,
         done: int,
         max_steps: int,
+        log_every: int,
         is_main: bool,
     ) -> None:
-        """Show where the run is: ``done`` steps are done already."""
+        """Show where the run is: ``done`` steps are done already.
+
+        Args:
+            log_every: steps between records of metrics.
+        """
         self.throughput = throughput
+        self._log_every = log_every
+        self._means = StepMeans()
         self._run_dir = run_dir
         self._store = store
         self._progress = Progress(done, max_steps, show=is_main)
@@ -44,6 +96,7 @@ class RunLogger:
         """Open the metrics behind step ``done``; for rank 0."""
         if self._metrics is not None:
             self._metrics.finish()
+        self._means = StepMeans()
         self._metrics = Metrics(self._run_dir, self._store, done + 1, allocated_since())
 
     def recent(self, name: str) -> list[float]:
@@ -68,28 +121,31 @@ class RunLogger:
         """Log a step, counted from 1; ``step_seconds`` includes the wait for data."""
         throughput = self.throughput
         throughput.observe(step_seconds, result.tokens, result.flops)
-        if self._metrics is not None and not self._store.is_superseded():
-            useful_seconds = 0.0 if result.skipped else step_seconds
-            self._metrics.log(
-                step,
-                {
-                    "train/loss": result.loss,
-                    "train/accuracy": result.accuracy,
-                    "train/perplexity": result.perplexity,
-                    "train/learning_rate": learning_rate,
-                    "train/grad_norm": result.grad_norm,
-                    "train/skipped": float(result.skipped),
-                    "train/loss_scale": result.loss_scale,
-                    "speed/tokens_per_second": throughput.tokens_per_second,
-                    "speed/mfu": throughput.mfu,
-                    "speed/step_seconds": step_seconds,
-                    "speed/data_wait_seconds": data_wait_seconds,
-                    "speed/goodput": self._metrics.goodput.after_step(useful_seconds),
-                },
-            )
+        if self._metrics is not None:
+            self._metrics.goodput.after_step(0.0 if result.skipped else step_seconds)
+            if result.skipped:  # it has a record of its own
+                self._log_means()
+            self._means.add(step, result, learning_rate, step_seconds, data_wait_seconds)
+            if result.skipped or step % self._log_every == 0:
+                self._log_means()
         self._progress.show_step(
             step, result.loss, throughput.tokens_per_second, throughput.seconds_per_step
         )
+
+    def _log_means(self) -> None:
+        """Log the steps that have no record yet, as one."""
+        means = self._means
+        self._means = StepMeans()
+        if self._metrics is None or not means.steps or self._store.is_superseded():
+            return
+        goodput = self._metrics.goodput
+        speed = {
+            "speed/tokens_per_second": self.throughput.tokens_per_second,
+            "speed/mfu": self.throughput.mfu,
+            "speed/goodput": goodput.share(),
+            USEFUL_SECONDS: goodput.useful_seconds,
+        }
+        self._metrics.log(means.last_step, {**means.values(), **speed})
 
     def log_evaluation(
         self,
@@ -137,12 +193,14 @@ class RunLogger:
         self._progress.say(text)
 
     def flush(self) -> None:
-        """Have on the disk what was logged so far."""
+        """Have on the disk what is known of the steps so far."""
+        self._log_means()
         if self._metrics is not None:
             self._metrics.flush()
 
     def finish(self) -> None:
         """Flush, and log no more."""
+        self._log_means()
         self._progress.finish()
         if self._metrics is not None:
             self._metrics.finish()

@@ -4,12 +4,11 @@ import json
 import math
 import os
 import resource
-import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 from kantai.storage.json_lines import read_json_lines
+from kantai.training.clock import WallClock
 
 _WINDOW_STEPS = 50
 
@@ -58,16 +57,20 @@ class Goodput:
         self,
         path: Path,
         allocated_since: float,
-        records: list[dict[str, Any]],
-        kept: list[dict[str, Any]],
+        clock: WallClock,
+        *,
+        last_time: float,
+        useful_seconds: float,
     ) -> None:
         """Add this start to the file.
 
         Args:
             allocated_since: when this start got its nodes, in Unix time.
-            records: all metrics so far.
-            kept: those of steps that are not done again.
+            last_time: of the last record of earlier starts.
+            useful_seconds: of steps that are not done again.
         """
+        self.useful_seconds = useful_seconds
+        self._clock = clock
         self._seconds_before = 0.0
         self._since = allocated_since
         starts = list(read_json_lines(path)) if path.exists() else []
@@ -75,22 +78,21 @@ class Goodput:
             began = starts[-1].get("began")
             before = starts[-1].get("seconds_before")
             if isinstance(began, float) and isinstance(before, float):
-                ended = max([began, *(record["time"] for record in records)])
+                ended = max(began, last_time)
                 self._seconds_before = before + ended - began
                 self._since = max(ended, allocated_since)
         start = {"began": self._since, "seconds_before": self._seconds_before}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
-        times = (
-            record.get("speed/step_seconds") for record in kept if not record.get("train/skipped")
-        )
-        self._useful_seconds = sum(seconds for seconds in times if isinstance(seconds, float))
 
-    def after_step(self, useful_seconds: float) -> float:
-        """The goodput after a step; a skipped step has no useful seconds."""
-        self._useful_seconds += useful_seconds
-        allocated = self._seconds_before + time.time() - self._since
-        return self._useful_seconds / max(allocated, self._useful_seconds)
+    def after_step(self, useful_seconds: float) -> None:
+        """Take note of a step; a skipped step has no useful seconds."""
+        self.useful_seconds += useful_seconds
+
+    def share(self) -> float:
+        """The goodput now."""
+        allocated = self._seconds_before + self._clock.now() - self._since
+        return self.useful_seconds / max(allocated, self.useful_seconds)
 
 
 def peak_memory_gib() -> float:

@@ -19,7 +19,7 @@ from kantai.model.roberta import MaskedRoberta, build_model
 from kantai.optim.schedule import learning_rate
 from kantai.storage.atomic import Damaged, digest, verify
 from kantai.training.checkpointer import Checkpointer
-from kantai.training.loss_monitor import LossMonitor
+from kantai.training.loss_monitor import MONITORED, LossMonitor
 from kantai.training.run_dir import RunDir
 from kantai.training.run_logger import RunLogger
 from kantai.training.skipped_data import SkippedData
@@ -139,6 +139,7 @@ class Trainer:
             self.throughput,
             done=done,
             max_steps=self.max_steps,
+            log_every=self.run_dir.config.training.log_every_steps,
             is_main=self.engine.rank_info.is_main,
         )
         self._restart_from(done)
@@ -206,7 +207,7 @@ class Trainer:
             seconds_needed=2 * (self.throughput.seconds_per_step + saving_seconds)
             + self.evaluation_seconds
             + _MARGIN_SECONDS,
-            save_is_due=self.checkpointer.is_due(done),
+            save_is_due=self.checkpointer.is_due(done, is_scored=done % self.evaluate_every == 0),
             is_written=self.checkpointer.is_written(),
         )
         saves = decision.save or decision.stop or done == self.max_steps
@@ -260,6 +261,7 @@ class Trainer:
             unigram_entropy=self.data.unigram_entropy,
             peak_memory_gib=self._peak_memory_gib(),
         )
+        self.checkpointer.score(done, score.loss)
         self.evaluation_seconds = time.perf_counter() - start
         self.watchdog.kick()
 
@@ -273,7 +275,8 @@ class Trainer:
         if self.engine.rank_info.is_main:
             windows = self.skipped_data.before(done)
             lineage = {**self.run_dir.lineage, "skipped_data": windows}
-        self.checkpointer.save(done, since=start, lineage=lineage)
+        recent = self.monitor.history()
+        self.checkpointer.save(done, since=start, lineage=lineage, recent=recent)
         self.watchdog.kick()
 
     def publish(self) -> None:
@@ -321,12 +324,18 @@ class Trainer:
         """Take up metrics, their history and the skipped data as they are behind a checkpoint."""
         engine = self.engine
         engine.on_main(lambda: self.logger.open(done))
-        losses = engine.from_main(self.logger.recent("train/loss"))
-        grad_norms = engine.from_main(self.logger.recent("train/grad_norm"))
+        losses, grad_norms = engine.from_main([self._recent(name, done) for name in MONITORED])
         self.monitor.restart(losses, grad_norms)
         windows = engine.on_main(lambda: SkippedData.of(self.run_dir.path).windows)
         known = [(from_step, first, stop) for from_step, first, stop in windows]
         self.skipped_data = SkippedData(self.skipped_data.path, known)
+
+    def _recent(self, name: str, done: int) -> list[float]:
+        """The last values of a metric; a checkpoint of earlier releases has them in the metrics."""
+        if not self.engine.rank_info.is_main:
+            return []
+        saved = self.store.recent(name, done) if done else []
+        return saved or self.logger.recent(name)
 
     def _enter_stage(self, step: int) -> None:
         stage = self.batches.stage_at(self.skipped_data.data_step(step))

@@ -166,3 +166,63 @@ def test_checkpoint_larger_than_free_space_is_refused(tmp_path: Path) -> None:
         UserError, match=r"GB free and a checkpoint takes .* GB more, or lower checkpoint.keep"
     ):
         refuse_full_disk(tmp_path, 2**60)
+
+
+def write_scored(store: CheckpointStore, step: int, loss: float) -> None:
+    folder = store.begin(step)
+    (folder / "state").write_text(f"state {step}")
+    store.publish(step, {"state": manifest_entry(folder / "state")}, held_out_loss=loss)
+
+
+def test_prune_keeps_best_checkpoint(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 5)
+    assert store.best() is None
+    for step, loss in ((10, 4.0), (20, 3.0), (30, 3.5), (40, 3.25), (50, 3.75)):
+        write_scored(store, step, loss)
+        store.prune(2)
+    assert store.steps() == [20, 40, 50] and store.best() == 20
+    write_scored(store, 60, 3.0)  # the later one of two that are equal
+    store.prune(2)
+    assert store.steps() == [50, 60] and store.best() == 60
+
+
+def test_damaged_best_checkpoint_is_not_best(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path)
+    write_scored(store, 10, 3.0)
+    write_scored(store, 20, 4.0)
+    flip_bit(store.path(10) / "manifest.json")
+    assert store.best() == 20
+
+
+def test_copies_of_checkpoint_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 10)
+    for name in ("step-00000010 (conflicted copy)", "step-11", "step-00000012.sync-conflict"):
+        (store.folder / name).mkdir()
+    assert store.steps() == [10]
+
+
+def test_newest_outlives_pruning_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reader finds checkpoints, and a start that is at work prunes them before it reads them."""
+    store = make_checkpoints(tmp_path, 1, 2)
+    reader = CheckpointStore(tmp_path)
+    listed = reader.steps()
+    write(store, 3)
+    write(store, 4)
+    store.prune(2)
+    stale = iter([listed])
+    fresh = reader.steps
+    monkeypatch.setattr(reader, "steps", lambda: next(stale, None) or fresh())
+    assert reader.newest_valid() == (4, verify(store.path(4)))
+    assert capsys.readouterr().out == ""
+
+
+def test_manifest_gives_recent_values(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 5)
+    assert store.recent("train/loss", 5) == []
+    for step, recent in ((6, {"train/loss": [2.5, 3.0]}), (7, ["a"]), (8, {"train/loss": None})):
+        folder = store.begin(step)
+        (folder / "state").write_text("state")
+        store.publish(step, {"state": manifest_entry(folder / "state")}, recent=recent)
+    assert [store.recent("train/loss", step) for step in (6, 7, 8)] == [[2.5, 3.0], [], []]

@@ -252,6 +252,7 @@ MAY_CHANGE = {
     "failures.hang_seconds": 9,
     "failures.compare_replicas_every": 5,
     "training.compile": True,
+    "training.log_every_steps": 10,
     "evaluation.every_steps": 5,
     "evaluation.max_sequences": 5,
     "evaluation.prompts": ["<mask>"],

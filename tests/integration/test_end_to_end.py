@@ -11,6 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from kantai.checkpoint.state import load_weights
+from kantai.checkpoint.store import CheckpointStore
+from kantai.config.loading import load_config
 from kantai.model.roberta import build_model
 from kantai.storage.atomic import verify
 from kantai.training.run_dir import open_saved_run
@@ -257,3 +259,31 @@ def test_quickstart_finishes_on_every_language_and_format(name: str, tmp_path: P
     (manifest,) = tmp_path.glob("runs/*/shards/manifest.json")
     splits = json.loads(manifest.read_text())["splits"]
     assert splits["train"]["documents"] + splits["held_out"]["documents"] == 1500
+
+
+def test_best_checkpoint_is_found_by_its_logged_score(run: Path, tmp_path: Path) -> None:
+    losses = metrics(run, "held_out/loss")
+    by_step = dict(zip((2, 4, STEPS), losses, strict=True))
+    assert CheckpointStore(run).scores() == by_step
+    best = min(by_step, key=lambda step: by_step[step])
+    done = script("evaluate", run, "--best")
+    assert done.stdout.startswith(f"step {best}, "), done.stderr
+    done = script("export", run, "--step", 2, "--output", tmp_path / "model")
+    assert f"{tmp_path / 'model'}: step 2, " in done.stdout, done.stderr
+    assert f"{losses[0]:.3f} nats a masked token (step 2)" in (
+        (tmp_path / "model" / "README.md").read_text()
+    )
+
+
+def test_programs_find_data_that_moved(run: Path, tmp_path: Path) -> None:
+    config = load_config(run / "config.yaml")
+    moved = shutil.copytree(run, tmp_path / "run")
+    shards = shutil.copytree(config.data.shards, tmp_path / "shards")
+    text = (moved / "config.yaml").read_text().replace(config.data.shards, str(tmp_path / "gone"))
+    (moved / "config.yaml").write_text(text)
+    done = script("evaluate", moved)
+    assert done.returncode == 2
+    assert "say where it is now, with --data.shards=..." in done.stderr
+    done = script("evaluate", moved, f"--data.shards={shards}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == script("evaluate", run).stdout

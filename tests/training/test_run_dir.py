@@ -1,6 +1,7 @@
 """A run continues with its recorded settings, its data stream and its own checkpoints."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from kantai.training.run_dir import (
     RunDir,
     load_run_config,
     open_run_dir,
+    open_saved_run,
     saved_config,
 )
+from kantai.training.saved_model import load_saved_model
 from tests.helpers.commands import CONFIG, TINY
 from tests.helpers.files import file_contents
+from tests.helpers.saved_run import make_saved_run, save_step
 
 
 @pytest.fixture
@@ -306,3 +310,77 @@ def test_micro_batch_size_may_change_before_first_checkpoint(
     save_checkpoint(run, fixed_settings(run.config))
     with pytest.raises(UserError, match=r"batch\.micro_batch_size was 4 and is 2"):
         open_run(load_run_config(path, smaller))
+
+
+@pytest.fixture
+def scored_run(tmp_path: Path, shards_dir: Path, tokenizer_dir: Path) -> RunDir:
+    """Return a run with three checkpoints, of which the second is the best."""
+    scores = {10: None, 20: 3.0, 30: 3.5}
+    return make_saved_run(tmp_path / "run", shards_dir, tokenizer_dir, scores)
+
+
+def test_checkpoint_is_chosen_by_step_or_score(scored_run: RunDir) -> None:
+    assert open_saved_run(scored_run.path)[1] == 30
+    assert open_saved_run(scored_run.path, step=10)[1] == 10
+    assert open_saved_run(scored_run.path, best=True)[1] == 20
+    with pytest.raises(UserError, match=r"has no checkpoint of step 25; it has 10, 20, 30"):
+        scored_run.choose(25)
+    (state,) = scored_run.store.path(20).glob("*.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    for choose in (lambda: scored_run.choose(20), lambda: scored_run.choose(best=True)):
+        with pytest.raises(UserError, match=r"checkpoint 20 is damaged: .* bytes, not "):
+            choose()
+
+
+def test_run_without_scores_has_no_best_checkpoint(scored_run: RunDir) -> None:
+    for step in (20, 30):
+        shutil.rmtree(scored_run.store.path(step))
+    with pytest.raises(UserError, match=r"no checkpoint in .* was scored: .* choose with --step"):
+        scored_run.choose(best=True)
+
+
+def test_saved_run_is_told_where_its_data_is_now(
+    scored_run: RunDir, tokenizer_dir: Path, shards_dir: Path, tmp_path: Path
+) -> None:
+    config = scored_run.path / "config.yaml"
+    for key, old in (("shards", shards_dir), ("tokenizer", tokenizer_dir)):
+        config.write_text(config.read_text().replace(str(old), str(tmp_path / f"gone-{key}")))
+    moved = [f"--data.shards={shards_dir}", f"--data.tokenizer={tokenizer_dir}"]
+    with pytest.raises(
+        UserError, match=r"data\.shards is not at .*/gone-shards any more: .*--data"
+    ):
+        open_saved_run(scored_run.path)
+    with pytest.raises(UserError, match=r"data\.tokenizer is not at .*/gone-tokenizer any more"):
+        open_saved_run(scored_run.path, moved[:1])
+    assert open_saved_run(scored_run.path, moved)[1] == 30
+    with pytest.raises(UserError, match="seed was 0 and is 4"):
+        open_saved_run(scored_run.path, [*moved, "--seed=4"])
+
+
+def test_saved_model_outlives_pruning_while_it_is_read(scored_run: RunDir) -> None:
+    store = scored_run.store
+    opened, step = open_saved_run(scored_run.path)
+    save_step(scored_run, 40)
+    save_step(scored_run, 50)
+    store.prune(2)
+    assert store.steps() == [20, 40, 50]
+    with pytest.raises(UserError, match="has no checkpoint of step 30; it has 20, 40, 50"):
+        load_saved_model(opened, step, lambda: opened.choose(30))
+    model, step = load_saved_model(opened, step, opened.choose)
+    assert step == 50 and model.lm_head.bias[0] == 50
+    model, step = load_saved_model(opened, 10, lambda: opened.choose(best=True))
+    assert step == 20 and model.lm_head.bias[0] == 20
+
+
+def test_conflict_copy_in_checkpoint_is_not_loaded(scored_run: RunDir) -> None:
+    """Sync tools keep another version of a file beside it, under a name that sorts after it."""
+    folder = scored_run.store.path(30)
+    (state,) = scored_run.store.path(10).glob("*.safetensors")
+    for name in (
+        "state-00000-of-00001 (conflicted copy).safetensors",
+        "state-00000-of-00001.sync-conflict-20261125.safetensors",
+        "state-00001-of-00002.safetensors",
+    ):
+        shutil.copyfile(state, folder / name)
+    model, _ = load_saved_model(scored_run, 30, scored_run.choose)
+    assert model.lm_head.bias[0] == 30

@@ -122,7 +122,7 @@ def test_tensorboard_shows_filled_prompts_as_text(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.supersede()
     throughput = Throughput(1.0)
-    logger = RunLogger(tmp_path, store, throughput, done=0, max_steps=1, is_main=False)
+    logger = RunLogger(tmp_path, store, throughput, done=0, max_steps=1, log_every=1, is_main=False)
     logger.open(0)
     fills = [
         ("![x](http://evil/x.png) <img src='http://evil/y.png'> <mask>", [("<b>", 0.5)]),

@@ -66,7 +66,7 @@ class Tally:
     nul: int = 0
     first: str = ""
 
-    def add(self, following: "Tally") -> None:
+    def include(self, following: "Tally") -> None:
         """Include the tally of what was read next."""
         self.size += following.size
         self.beyond_ascii += following.beyond_ascii

@@ -64,7 +64,7 @@ class Report:
 
     def add_tally(self, path: str, found: Tally) -> None:
         """Include what was read next of a file."""
-        self.tallies.setdefault(redact(path), Tally()).add(found)
+        self.tallies.setdefault(redact(path), Tally()).include(found)
 
     def count(self, name: str, place: str, times: int = 1) -> None:
         """Count something that has a place."""

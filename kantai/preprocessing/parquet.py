@@ -94,9 +94,9 @@ def _repaired(stored: bytes, place: str, found: Tally) -> tuple[str, tuple[str, 
     """Repair a text, and tally it; see :func:`kantai.preprocessing.lines.repaired`."""
     text, defects = repaired(stored)
     if defects:
-        found.add(replace(tally(stored, text), first=place))
+        found.include(replace(tally(stored, text), first=place))
     else:
-        found.add(Tally(len(stored), len(stored) - len(text)))
+        found.include(Tally(len(stored), len(stored) - len(text)))
     return text, defects
 
 

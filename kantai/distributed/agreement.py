@@ -12,7 +12,7 @@ from kantai.errors import UserError
 from kantai.storage.atomic import digest
 
 GatherFromAll = Callable[[Any], list[Any]]
-_MOST_NAMED = 5  # differences; the rest follow from the same cause
+_MAX_NAMED = 5  # differences; the rest follow from the same cause
 
 
 def refuse_disagreement(mine: Mapping[str, Any], node: str, from_all: GatherFromAll) -> None:
@@ -36,9 +36,9 @@ def refuse_disagreement(mine: Mapping[str, Any], node: str, from_all: GatherFrom
     ]
     others = [rank for rank, (_, values) in enumerate(everyone) if values != everyone[0][1]]
     nodes = sorted({everyone[rank][0] for rank in others})
-    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    more = f"; and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
     raise UserError(
-        f"the ranks do not agree on the run: {'; '.join(found[:_MOST_NAMED])}{more}. Rank 0 is on "
+        f"the ranks do not agree on the run: {'; '.join(found[:_MAX_NAMED])}{more}. Rank 0 is on "
         f"{everyone[0][0]}, the others that differ are on {', '.join(nodes)}. Start all with the "
         "same command, code and files"
     )

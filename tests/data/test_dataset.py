@@ -17,7 +17,7 @@ from kantai.data.tokenizer import load_tokenizer
 from kantai.errors import UserError
 from kantai.storage.atomic import digest
 from tests.helpers.commands import CONFIG
-from tests.helpers.tokenizers import loaded
+from tests.helpers.tokenizer_kinds import loaded
 
 
 def test_shards_of_window_stay_open(shards_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from kantai.data.shards import open_shards
 from kantai.data.tokenizer import load_tokenizer
 from kantai.errors import UserError
 from tests.helpers.commands import CONFIG, script
-from tests.helpers.tokenizers import loaded
+from tests.helpers.tokenizer_kinds import loaded
 
 
 @pytest.fixture

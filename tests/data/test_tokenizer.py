@@ -26,7 +26,7 @@ from kantai.preprocessing.documents import Unit, documents, pieces
 from kantai.preprocessing.files import find_files
 from kantai.preprocessing.tokenizer_training import train_tokenizer
 from kantai.storage.atomic import digest
-from tests.helpers.tokenizers import KINDS, changed, loaded, trained
+from tests.helpers.tokenizer_kinds import KINDS, changed, loaded, trained
 
 
 def read_documents(path: Path, unit: Unit) -> Iterator[str]:

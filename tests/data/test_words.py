@@ -17,7 +17,7 @@ from kantai.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from kantai.data.words import Words
 from kantai.errors import UserError
 from tests.helpers.commands import CONFIG
-from tests.helpers.tokenizers import KINDS, changed, loaded, trained
+from tests.helpers.tokenizer_kinds import KINDS, changed, loaded, trained
 
 TEXTS = {
     "Hindi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",

@@ -23,7 +23,7 @@ from kantai.preprocessing.job import Job
 from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import CONFIG, ROOT
-from tests.helpers.tokenizers import changed, loaded
+from tests.helpers.tokenizer_kinds import changed, loaded
 
 SMALL = [
     "--model.hidden_size=32",

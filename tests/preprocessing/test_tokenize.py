@@ -19,7 +19,7 @@ from kantai.preprocessing.merge import merge
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
 from tests.helpers.files import file_contents, split_documents
-from tests.helpers.tokenizers import changed, loaded
+from tests.helpers.tokenizer_kinds import changed, loaded
 
 MakeJob = Callable[..., Job]
 TEXTS = [f"document {number} {'x' * (number % 40)}" for number in range(400)]

@@ -34,7 +34,8 @@ from kantai.data.shards import (
     token_dtype,
 )
 from kantai.data.shuffle import Shuffled
-from kantai.preprocessing.files import File, cut
+from kantai.preprocessing.files import File
+from kantai.preprocessing.spans import cut
 from kantai.storage.atomic import digest
 from kantai.storage.remote_cache import Cache
 

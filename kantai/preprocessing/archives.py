@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from kantai.errors import UserError
-from kantai.preprocessing.files import MIB, File, Member, open_file, seekable
+from kantai.preprocessing.files import MIB, File, Member
 from kantai.preprocessing.formats import ARCHIVES, check_one_kind, is_hidden, kind
+from kantai.preprocessing.opening import open_file, seekable
 
 _Entry = tuple[str, int, BinaryIO]  # name, size, content
 

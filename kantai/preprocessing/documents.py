@@ -22,7 +22,7 @@ from kantai.preprocessing import formats, parquet
 from kantai.preprocessing.archives import members
 from kantai.preprocessing.csv_rows import CsvRows
 from kantai.preprocessing.encodings import Tally, refuse_foreign, refuse_foreign_beginning
-from kantai.preprocessing.files import HUB, MIB, File, Piece, Span, cut, hub_dataset, open_file
+from kantai.preprocessing.files import HUB, MIB, File, hub_dataset
 from kantai.preprocessing.lines import (
     MAX_DOCUMENT_BYTES,
     Block,
@@ -31,6 +31,7 @@ from kantai.preprocessing.lines import (
     read_lines,
     repaired,
 )
+from kantai.preprocessing.opening import open_file
 from kantai.preprocessing.records import (
     MISSING,
     ON_ERROR,
@@ -41,6 +42,7 @@ from kantai.preprocessing.records import (
     no_text,
     value_in,
 )
+from kantai.preprocessing.spans import Piece, Span, cut
 
 Unit = Literal["line", "paragraph", "file", "record"]
 UNITS: tuple[Unit, ...] = get_args(Unit)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from kantai.errors import UserError
 from kantai.output import redact
-from kantai.preprocessing.files import HUB, MIB, File, Member, open_file
+from kantai.preprocessing.files import HUB, MIB, File, Member
+from kantai.preprocessing.opening import open_file
 
 _MAX_SHARE = 0.01  # of the bytes; prose of another encoding than UTF-8 mostly has more
 # English or Dutch in CP1252 has less. There, all characters beyond ASCII are spoiled, and there are

@@ -15,8 +15,8 @@ from kantai.data.shards import SPLITS
 from kantai.data.tokenizer import Vocabulary, load_tokenizer
 from kantai.output import redact
 from kantai.preprocessing.documents import Unit
-from kantai.preprocessing.files import Piece
 from kantai.preprocessing.records import OnError
+from kantai.preprocessing.spans import Piece
 from kantai.storage.atomic import Damaged, check_output, digest, read_manifest
 
 TRAIN, HELD_OUT = SPLITS

@@ -6,9 +6,11 @@ from typing import Any, BinaryIO
 
 from kantai.errors import UserError
 from kantai.preprocessing.encodings import Tally, tally
-from kantai.preprocessing.files import MIB, File, Span, open_file, seekable
+from kantai.preprocessing.files import MIB, File
 from kantai.preprocessing.lines import Report, check_length, repaired
+from kantai.preprocessing.opening import open_file, seekable
 from kantai.preprocessing.records import joined, no_text
+from kantai.preprocessing.spans import Span
 
 # Records are read in batches of at most this many texts, and given out by this many bytes.
 BATCH_RECORDS = 64

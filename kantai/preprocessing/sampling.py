@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kantai.data import rng
-from kantai.preprocessing.files import HUB, MIB, File, Piece, Span
+from kantai.preprocessing.files import HUB, MIB, File
+from kantai.preprocessing.spans import Piece, Span
 
 _PARQUET_BYTES = 128 * MIB  # row groups are reached one by one; their sizes are at the file's end
 # The minimum share of a file's documents that is drawn. A smaller share of a large compressed file

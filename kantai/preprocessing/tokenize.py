@@ -29,10 +29,11 @@ from kantai.data.tokenizer import batched_texts
 from kantai.errors import UserError
 from kantai.output import redact_all
 from kantai.preprocessing.documents import documents
-from kantai.preprocessing.files import File, Piece, has_changed
+from kantai.preprocessing.files import File, has_changed
 from kantai.preprocessing.job import HELD_OUT, TRAIN, Job, count_tokens, refuse_output
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.long_documents import LongDocuments
+from kantai.preprocessing.spans import Piece
 from kantai.storage.atomic import digest, locked, manifest_entry, replaced
 
 _BATCH_DOCUMENTS = 4096

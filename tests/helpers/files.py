@@ -7,8 +7,9 @@ import numpy as np
 
 from kantai.data.shards import Shard, open_shards
 from kantai.preprocessing.documents import Unit, documents
-from kantai.preprocessing.files import Span, find_files
+from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
+from kantai.preprocessing.spans import Span
 
 EOS = 2
 

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import kantai.preprocessing.lines
 from kantai.errors import UserError
 from kantai.preprocessing.documents import Unit, documents, has_paragraphs, pieces
-from kantai.preprocessing.files import Span, find_files
+from kantai.preprocessing.files import find_files
 from kantai.preprocessing.lines import Report
+from kantai.preprocessing.spans import Span
 from tests.helpers.commands import run_program
 from tests.helpers.files import read_documents, write_file
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents, pieces
 from kantai.preprocessing.encodings import refuse_foreign_files
-from kantai.preprocessing.files import MIB, Span, find_files
+from kantai.preprocessing.files import MIB, find_files
 from kantai.preprocessing.job import Job
 from kantai.preprocessing.lines import Report
 from kantai.preprocessing.merge import merge
+from kantai.preprocessing.spans import Span
 from kantai.preprocessing.tokenize import tokenize
 from tests.helpers.commands import script
 from tests.helpers.files import read_documents, write_file

@@ -28,7 +28,9 @@ from hypothesis import strategies as st
 
 from kantai.errors import UserError
 from kantai.preprocessing.documents import documents, pieces
-from kantai.preprocessing.files import MIB, File, cut, find_files, hub_dataset, open_file
+from kantai.preprocessing.files import MIB, File, find_files, hub_dataset
+from kantai.preprocessing.opening import open_file
+from kantai.preprocessing.spans import cut
 from tests.helpers.commands import run_python
 from tests.helpers.files import write_file
 

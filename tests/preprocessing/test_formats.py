@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from kantai.errors import UserError
-from kantai.preprocessing import files
+from kantai.preprocessing import opening
 from kantai.preprocessing.documents import documents, pieces
-from kantai.preprocessing.files import File, Span, find_files
+from kantai.preprocessing.files import File, find_files
 from kantai.preprocessing.formats import suffixes
 from kantai.preprocessing.lines import Report
+from kantai.preprocessing.spans import Span
 from tests.helpers.commands import run_program
 from tests.helpers.files import write_file
 
@@ -192,7 +193,7 @@ def test_archive_named_as_a_compressed_text_is_named(tmp_path: Path) -> None:
 def test_finding_files_opens_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         write_file(tmp_path / f"part-{number:05}", "x\n")
-    monkeypatch.setattr(files, "_open", lambda *_: pytest.fail("a file was opened"))
+    monkeypatch.setattr(opening, "_open", lambda *_: pytest.fail("a file was opened"))
     assert len(pieces(find_files([str(tmp_path)]))) == 1
 
 

@@ -17,13 +17,15 @@ _SECRET_NAME = (
 )
 _SECRETS = (
     # scheme://user:password@host; and https://token@host, where other schemes have a user, or a
-    # container before the @.
+    # container before the @. A password may hold a slash, as every second key of AWS does.
     (
-        re.compile(r"\b([a-z][\w+.-]{0,30}://[^\s/:@'\"?#]{0,200}):[^\s/'\"?#]{0,1000}@", re.I),
+        re.compile(
+            r"\b([a-z][\w+.-]{0,30}://[^\s/:@'\"?#]{0,200}):(?!\d+/)[^\s'\"]{0,1000}@", re.I
+        ),
         rf"\1:{REDACTED}@",
     ),
     (re.compile(r"\b(https?://)[^\s/:@'\"?#]{1,1000}@", re.I), rf"\1{REDACTED}@"),
-    (re.compile(rf"([?&;]{_SECRET_NAME}=)[^\s&;#'\"]+", re.I), rf"\1{REDACTED}"),
+    (re.compile(rf"([?&;#]{_SECRET_NAME}=)[^\s&;#'\"]+", re.I), rf"\1{REDACTED}"),
     # Options of a file system, as drivers print them: 'secret': 'x' or secret=x. Prose has colons
     # without quotation marks.
     (
@@ -36,7 +38,7 @@ _SECRETS = (
         rf"\1{REDACTED}",
     ),
     (
-        re.compile(r"""(authorization["']?\s*[:=]\s*["']?(?:Bearer|Basic)\s+)[^\s"']+""", re.I),
+        re.compile(r"""(authorization["']?\s*[:=]\s*["']?\w+\s+)[^\s"']+""", re.I),
         rf"\1{REDACTED}",
     ),
     # Keys that are known by their shape: of AWS, the Hugging Face Hub and GitHub.

@@ -36,6 +36,10 @@ from tests.helpers.files import file_contents
         "{'key': 'x', 'secret': 'hunter2'} {\"password\": \"hunter2\"}",
         "S3FileSystem(secret=hunter2, aws_secret_access_key='hunter2')",
         "headers={'Authorization': 'Bearer hunter2'}",
+        "Authorization: token hunter2",
+        "s3://AKIA123:hunter2/def+x@bucket/k",
+        "https://kant:hun#ter2@host/x and https://kant:hun?ter2@host/y",
+        "https://host/x#sig=hunter2",
     ],
 )
 def test_secret_is_redacted(text: str) -> None:

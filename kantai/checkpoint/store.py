@@ -41,8 +41,8 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise UserError(
-                f"{self.folder} is no folder, nor a link to one that is there: make that folder, "
-                "or remove the link"
+                f"{self.folder} is a file, or a link that leads nowhere: remove it, or make the "
+                "folder that it leads to"
             ) from None
         while self._attempt is None:
             self._attempt = self._new_attempt()

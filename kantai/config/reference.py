@@ -39,8 +39,8 @@ key.
 | `configs/roberta-large.yaml` | the same for the large model |
 
 **On resume**, a setting marked *yes* may differ from the run's last start: it changes speed, place
-or reporting, and not the result. (`spike_factor` is one, so that a run that is falsely found to
-spike can go on.) Any other difference is refused, with the key and both values: a run has one
+or reporting, and not the result. (`spike_factor` is one, so that a run whose steps are wrongly
+skipped can go on.) Any other difference is refused, with the key and both values: a run has one
 learning rate, one precision and one seed from its first step to its last, and a change of them is a
 new run. What a config leaves out is taken from the settings that the run recorded in
 `RUN/config.yaml`.

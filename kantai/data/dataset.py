@@ -177,6 +177,7 @@ class Data:
         batches = self._batches([stage], self._masker(1.0, 0.0, _EVALUATION_SEED))
         return batches, -(-samples // plan.global_batch_size)
 
+    @cached_property
     def prompts(self) -> list[str]:
         """Texts with one ``<mask>`` each: the config's, or held-out ones with a word hidden."""
         given = self.config.evaluation.prompts

@@ -57,11 +57,6 @@ class StepResult:
     skipped: bool  # for bad numbers; weights and moments are as they were
     loss_scale: float  # of fp16; else 1
 
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the loss."""
-        return math.exp(min(self.loss, 700.0))
-
 
 class Engine:
     """A model and its optimizer on all ranks, under the backend that the launcher chose.
@@ -230,13 +225,8 @@ class Engine:
         return torch.as_tensor(self.accelerator.reduce(values.to(self.device), reduction="sum"))
 
     def is_finite(self) -> Tensor:
-        """Whether this rank's weights are all finite, on the device."""
+        """Whether this rank's weights and moments are all finite, on the device."""
         return self.optimizer.is_finite().to(self.device)
-
-    def has_finite_moments(self) -> bool:
-        """Whether the moments of all ranks are finite; all ranks call this together."""
-        bad = 1 - self.optimizer.is_finite(moments=True).float()
-        return self.sum_over_ranks(bad).item() == 0
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on all ranks. It must be one that JSON can write; tuples become lists."""

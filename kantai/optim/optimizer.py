@@ -1,10 +1,12 @@
 """AdamW and Muon side by side, over whole parameters or ZeRO's slices of them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from kantai.config.schema import OptimizerConfig
 from kantai.optim.muon import Muon
@@ -87,20 +89,19 @@ class Optimizer(torch.optim.Optimizer):
         return {name: state[name] for name in names}
 
     @torch.no_grad()
-    def is_finite(self, *, moments: bool = False) -> Tensor:
-        """Whether all weights, or moments, that this rank updates are finite; on the device.
+    def is_finite(self) -> Tensor:
+        """Whether all weights and moments that this rank updates are finite; on the device.
 
         Only parameters are looked at, and not what ZeRO pads them with.
         """
-        sums = []
-        for sharded in self.layout.tensors:
-            looked_at = self.moments(sharded).values() if moments else [sharded.tensor]
-            sums += [
-                values.view(-1)[part.offset : part.offset + part.numel].sum()
-                for values in looked_at
-                for part in sharded.slices
-            ]
-        return torch.stack(sums).isfinite().all()
+        parts = [
+            values.view(-1)[part.offset : part.offset + part.numel]
+            for sharded in self.layout.tensors
+            for values in (sharded.tensor, *self.moments(sharded).values())
+            for part in sharded.slices
+            if part.numel
+        ]
+        return get_total_norm(parts, norm_type=math.inf).isfinite()
 
     @property
     def steps(self) -> float:

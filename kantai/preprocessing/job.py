@@ -39,7 +39,7 @@ class Job:
     held_out_pieces: list[Piece] = field(default_factory=list)  # the user's own, for the share
     on_error: OnError = "fail"  # whether a bad record is refused, or left out and counted
 
-    @property
+    @cached_property
     def all_pieces(self) -> list[Piece]:
         """The pieces by their number: those of the input, then those of the user's own split."""
         return [*self.pieces, *self.held_out_pieces]

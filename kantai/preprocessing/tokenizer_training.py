@@ -91,9 +91,9 @@ class LongWords:
         """Yield a line for the user if there are any."""
         if self.count:
             yield (
-                f"words of more than {_MAX_WORD_CHARACTERS:,} characters, which were cut to train "
-                f"on: {self.count:,}, the longest of {self.longest:,} characters; if that is no "
-                "language, leave it out"
+                f"{self.count:,} words have more than {_MAX_WORD_CHARACTERS:,} characters (the "
+                f"longest {self.longest:,}) and were cut for training: if they are no language, "
+                "leave them out"
             )
 
 

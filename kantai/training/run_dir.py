@@ -152,7 +152,7 @@ class RunDir:
         if self.config_file is not None:
             begun_with["config_file"] = str(self.config_file)
         save_version(self.path, begun_with)
-        prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
+        prompts = (" ".join(prompt.split()) for prompt in self.data.prompts)
         text = "".join(f"{prompt}\n" for prompt in prompts)
         (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
         (self.path / "stacks").mkdir(exist_ok=True)

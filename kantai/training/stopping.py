@@ -18,7 +18,7 @@ class Decision:
     stop: bool  # the run
     save: bool  # a checkpoint
     all_written: bool  # every rank's part of a checkpoint waits to be published
-    is_finite: bool  # all ranks' weights are; also their moments, where a checkpoint is due
+    is_finite: bool  # all ranks' weights and moments are
 
 
 class StopCoordinator:

@@ -1,6 +1,5 @@
 """The training loop: batches in, steps done, metrics and checkpoints out."""
 
-import dataclasses
 import platform
 import time
 from collections.abc import Iterator
@@ -210,12 +209,8 @@ class Trainer:
             save_is_due=self.checkpointer.is_due(done, is_scored=done % self.evaluate_every == 0),
             is_written=self.checkpointer.is_written(),
         )
-        saves = decision.save or decision.stop or done == self.max_steps
-        # A moment that is not finite makes a weight so at the next step, but for a second moment
-        # that is infinite: its weight stands still.
-        if saves and not self.engine.has_finite_moments():
-            decision = dataclasses.replace(decision, is_finite=False)
         if self.compare_every is not None:
+            saves = decision.save or decision.stop or done == self.max_steps
             if saves or done % self.compare_every == 0:  # what is saved is to be good
                 self.publish()
                 self.engine.compare_replicas()
@@ -230,8 +225,8 @@ class Trainer:
             The step that the run goes on from.
         """
         self.publish()
-        first = self.skipped_data.first_to_skip(done - max(1, self.monitor.skipped_in_a_row))
-        back = self.engine.on_main(lambda: self._skip_data(first, done))
+        bad = done - max(1, self.monitor.skipped_in_a_row)
+        back, first = self.engine.on_main(lambda: self._skip_data(bad, done))
         if back:
             self._load(back)
         else:
@@ -252,7 +247,7 @@ class Trainer:
             sum_over_ranks=engine.sum_over_ranks,
             after_batch=self.watchdog.kick,
         )
-        prompts = self.data.prompts()
+        prompts = self.data.prompts
         words = fill_masks(engine.model, self.data.vocabulary, prompts, self.data.seq_len)
         self.logger.log_evaluation(
             done,
@@ -345,32 +340,42 @@ class Trainer:
         self.engine.forget_compiled()
         tokens = stage.sequences.seq_len
         self.logger.say(f"from step {step} on: {stage.plan}, of up to {tokens} tokens")
-        unshown = self.data.describe_unshown(tokens)
-        if unshown:
-            self.logger.say(unshown)
+        if self.engine.rank_info.is_main:  # it may read many shards
+            unshown = self.data.describe_unshown(tokens)
+            if unshown:
+                self.logger.say(unshown)
 
     def _new_model(self) -> MaskedRoberta:
         data = self.data
         model = self.run_dir.config.model
         return build_model(model, data.vocabulary, seq_len=data.seq_len, seed=data.seed)
 
-    def _skip_data(self, first: int, done: int) -> int:
-        """Skip the data of steps ``first`` to ``done``. Returns the step to go back to."""
+    def _skip_data(self, bad: int, done: int) -> tuple[int, int]:
+        """Skip the data of the bad steps, from ``bad`` up to ``done``, and of the one before.
+
+        Returns:
+            The step to go back to, and the first whose data is skipped.
+        """
+        first = self.skipped_data.first_to_skip(bad)
         earlier = [step for step, _, _ in self.skipped_data.windows if step <= first]
         rollbacks = sum(step > first - _ROLLBACK_STEPS for step in earlier)
         if rollbacks >= _MAX_ROLLBACKS:
             raise UserError(
-                f"loss, gradient or weights are no finite numbers, or spike, about step {first}, "
-                f"on {rollbacks} windows of data before this one, so it is not the data: lower "
-                "optimizer.learning_rate in a new run (--run_dir=...), or look for a faulty "
-                "device with scripts/preflight.py"
+                f"loss, gradient or weights went bad again about step {first}, the "
+                f"{rollbacks + 1}th time within {_ROLLBACK_STEPS} steps and each time on other "
+                "data, so the data is not the cause: lower optimizer.learning_rate in a new run "
+                "(--run_dir=...), or look for a faulty device with scripts/preflight.py"
             )
         back = self.run_dir.newest(set_aside=True, up_to=first)
+        if back == 0 and first < bad and self.run_dir.newest(up_to=bad) == bad:
+            # The only checkpoint is from right before the bad steps. It is not thrown away for the
+            # step before them, which may have caused them.
+            back = first = bad
         # Later ones saw data that is skipped now. They go first: a kill in between must not leave
         # a checkpoint that contradicts the record.
         self.store.remove_after(first)
         self.skipped_data.skip(first, done, self.store)
-        return back
+        return back, first
 
     def _peak_memory_gib(self) -> float:
         """Most memory held on this rank's device, in GiB."""

@@ -147,7 +147,7 @@ def training_read(inputs_dir: Path) -> Read:
         list(describe_shards(data.shards, data.vocabulary))
         hash_stream(data.training_batches(1), 0, 4)
         data.held_out_batches(rows=4)[0].micro_batch(0, 0, 0)
-        assert data.prompts() is not None
+        assert data.prompts is not None
         assert np.isfinite(data.unigram_entropy)
 
     return read

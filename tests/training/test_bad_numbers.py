@@ -132,7 +132,7 @@ def test_weight_that_no_loss_shows_is_noticed(make_run: MakeRun) -> None:
 
     with patch.object(Engine, "train_step", train_step):
         assert do(run)
-    assert windows(run) == [[10, 10, 12]]  # at the next save
+    assert windows(run) == [[8, 8, 10]]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -197,7 +197,7 @@ def test_endless_bad_steps_end_the_run(make_run: MakeRun) -> None:
     trainer = Trainer(run, RankInfo(0, 1, 0))
     with (
         nan_loss_on_data(range(6, 10_000), 0),
-        pytest.raises(UserError, match="so it is not the data: lower optimizer"),
+        pytest.raises(UserError, match="so the data is not the cause: lower optimizer"),
     ):
         trainer.train()
     trainer.logger.finish()
@@ -234,3 +234,12 @@ def test_skipped_data_follows_from_bad_steps_alone(
         assert do(run)
     assert windows(run) == windows(reference) == [[9, 9, 13]]
     assert_same_end(run, reference)
+
+
+def test_only_checkpoint_is_not_thrown_away(make_run: MakeRun) -> None:
+    """The bad steps follow the only checkpoint: the run goes on from it, and skips them alone."""
+    run = make_run("run", "--checkpoint.every_steps=8")
+    with nan_loss_on_data([8, 9, 10], 0):
+        assert do(run)
+    assert windows(run) == [[8, 8, 11]]
+    assert metrics(run.path, "train/skipped") == [0.0] * STEPS

@@ -78,7 +78,8 @@ class CsvRows:
         advice = "quote fields that hold it" if width > len(self.header) else "mend the row"
         return (
             f"has {width} fields parted by {delimiter!r}, but the header has {len(self.header)}: "
-            f"{advice}, give --format text if a line is a text, or skip such rows with --on_error skip"
+            f"{advice}, give --format text if a line is a text, or skip such rows with "
+            "--on_error skip"
         )
 
     def _next(self, number: int) -> list[str] | None:

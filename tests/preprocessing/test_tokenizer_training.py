@@ -136,7 +136,10 @@ def test_long_word_takes_no_square_of_its_length(long: str) -> None:
     assert found.count >= 1
     assert found.longest >= 50_000
     (note,) = found.notes()
-    assert f"on: {found.count}, the longest of {found.longest:,} characters" in note
+    assert (
+        f"{found.count} words have more than 1,000 characters (the longest {found.longest:,})"
+        in note
+    )
     assert "ĠCritique" in tokenizer.encode(FREQUENT[0]).tokens
 
 

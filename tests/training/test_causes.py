@@ -161,5 +161,5 @@ def test_superseded_start_replaces_no_file_beside_linked_checkpoints(
 
 def test_link_of_checkpoints_to_nowhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(UserError, match="nor a link to one that is there"):
+    with pytest.raises(UserError, match="a link that leads nowhere"):
         CheckpointStore(tmp_path).supersede()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import run_python
+from tests.helpers.commands import run_python, script
 
 
 def test_rust_library_reports_full_disk_in_one_line(tmp_path: Path) -> None:
@@ -58,3 +58,42 @@ def test_bug_prints_a_traceback() -> None:
         "bug')\nrun_command(main)"
     )
     assert ran.returncode == 1 and "Traceback" in ran.stderr and "RuntimeError: a bug" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        ("OSError(116, 'Stale file handle', '/data/x')", "Stale file handle: /data/x"),
+        ("TimeoutError(110, 'Connection timed out', '/data/x')", "Connection timed out: /data/x"),
+        ("OSError(23, 'Too many open files in system', '/x')", "Too many open files in system: /x"),
+        ("OSError(5, 'Input/output error')", "[Errno 5] Input/output error"),
+        ("SafetensorError('Stale file handle (os error 116)')", "Stale file handle (os error 116)"),
+    ],
+)
+def test_passing_error_ends_with_74_in_one_line(raised: str, message: str) -> None:
+    ran = run_python(
+        "from kantai.errors import run_command\nfrom safetensors import SafetensorError\n"
+        f"def main():\n    raise {raised}\nrun_command(main)"
+    )
+    said = f"error: {message}; this may pass: run the same command again\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (74, "", said)
+
+
+def test_programs_end_with_74_where_a_read_fails(tmp_path: Path) -> None:
+    """The kernel answers a read of this file with EIO, to Python and to Rust."""
+    fails = Path("/proc/self/mem")
+    done = script("pretrain", "--config", fails, "--check")
+    assert (done.returncode, done.stderr.count("\n")) == (74, 1)
+    assert "error: cannot read the config /proc/self/mem: Input/output error" in done.stderr
+
+    (tmp_path / "tokenizer.json").symlink_to(fails)
+    (tmp_path / "text.txt").write_text("Kant")
+    where = ["--output", tmp_path / "shards", "--tokenizer", tmp_path]
+    done = script("tokenize_corpus", "--input", tmp_path / "text.txt", *where)
+    assert (done.returncode, done.stderr.count("\n")) == (74, 1)
+    assert "tokenizer.json is not a tokenizer: Input/output error" in done.stderr
+
+
+def test_config_that_is_missing_ends_with_2(tmp_path: Path) -> None:
+    done = script("pretrain", "--config", tmp_path / "none.yaml", "--check")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

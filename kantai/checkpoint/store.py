@@ -56,6 +56,15 @@ class CheckpointStore:
                         earlier.rename(taken)
                         shutil.rmtree(taken, ignore_errors=True)
 
+    def superseded(self) -> UserError:
+        """Return the error of a start that a later one has superseded.
+
+        ``slurm/pretrain.sbatch`` looks for its text in the logs, and then does not requeue.
+        """
+        return UserError(
+            f"{self._run_dir} has been superseded by a later start of the run: this one ends"
+        )
+
     @property
     def _beside(self) -> Path:
         """This start's folder beside the run's files: the checkpoints may lie on another disk."""
@@ -116,10 +125,7 @@ class CheckpointStore:
             yield self._attempt
         except FileNotFoundError:
             if self.is_superseded():
-                raise UserError(
-                    f"{self.folder.parent} has been superseded by a later start of the run: "
-                    "this one ends"
-                ) from None
+                raise self.superseded() from None
             raise
 
     def path(self, step: int) -> Path:

@@ -19,15 +19,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kantai.errors import UserError
+from kantai.errors import PASSING_ERRORS, UserError
 from kantai.output import redact_all
 
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*:$|hub:)", re.IGNORECASE)
-_PASSING = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 _PAUSES_SECONDS = (0.1, 1.0, 5.0)
+# A file server frees the locks of a dead node when their lease ends, 90 s after its last sign.
+_LOCK_WAIT_SECONDS = 120.0
+_LOCK_NOTICE_SECONDS = 3.0
+_LOCK_POLL_SECONDS = 0.3
 
 
 class Damaged(Exception):
@@ -112,22 +115,23 @@ def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of an output, so that no other process writes it at the same time.
 
     The lock is that of the file ``.NAME.lock`` beside it. The system releases it when the process
-    ends, however it ends. A file system without locks gives none.
+    ends, however it ends. A file system without locks gives none. While another process holds the
+    lock, it is asked for again for two minutes: a file server knows late that a node has died, and
+    the last of several that share the lock holds it alone for a moment.
 
     Args:
         shared: others may hold it too, if they share it as well.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process keeps it.
     """
     target = target.absolute()
     path = target.with_name(f".{target.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    busy = f"another process is writing {target}"
+    descriptor = _lock_patiently(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, busy)
     if descriptor is None:
-        raise UserError(
-            f"another process is writing {target}: wait for it, or choose another output"
-        )
+        raise UserError(f"{busy}: wait for it, or choose another output")
     try:
         yield
     finally:
@@ -136,6 +140,21 @@ def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
             if _is_at(path, descriptor):
                 path.unlink()
         os.close(descriptor)
+
+
+def _lock_patiently(path: Path, kind: int, busy: str) -> int | None:
+    """Return as _lock does, but ask again for a while. Say ``busy`` once, for who waits."""
+    began = time.monotonic()
+    has_said = False
+    while True:
+        descriptor = _lock(path, kind)
+        waited = time.monotonic() - began
+        if descriptor is not None or waited >= _LOCK_WAIT_SECONDS:
+            return descriptor
+        if waited >= _LOCK_NOTICE_SECONDS and not has_said:
+            print(f"{busy}: waiting {_LOCK_WAIT_SECONDS:.0f} seconds for it at most", flush=True)
+            has_said = True
+        time.sleep(_LOCK_POLL_SECONDS)
 
 
 def _lock(path: Path, kind: int) -> int | None:
@@ -274,7 +293,7 @@ def _patiently(read: Callable[[], T]) -> T:
         try:
             return read()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno not in PASSING_ERRORS:
                 raise
         time.sleep(seconds)
     return read()

@@ -8,7 +8,6 @@ import torch
 from kantai.checkpoint.store import CheckpointStore
 from kantai.cluster.signals import StopSignals
 from kantai.distributed.engine import Engine
-from kantai.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,18 @@ class Decision:
     is_finite: bool  # all ranks' weights and moments are
 
 
+def stopped_message(reason: str, trained_seconds: float, *, done: int, max_steps: int) -> str:
+    """Say that a run stops before its last step.
+
+    ``slurm/pretrain.sbatch`` reads the reason and the seconds from it, and judges by them whether
+    the start paid.
+    """
+    return (
+        f"asked to stop ({reason}) after {trained_seconds:.0f} s of training: saved step {done} of "
+        f"{max_steps}; the same command goes on from there"
+    )
+
+
 class StopCoordinator:
     """Has all ranks agree to stop, to save, and to publish a checkpoint.
 
@@ -29,7 +40,6 @@ class StopCoordinator:
     """
 
     def __init__(self, run_dir: Path, engine: Engine, store: CheckpointStore) -> None:
-        self._run_dir = run_dir
         self._engine = engine
         self._store = store
         self._signals = StopSignals(run_dir, watch_files=engine.rank_info.is_main)
@@ -58,9 +68,7 @@ class StopCoordinator:
         sums = self._engine.sum_over_ranks(torch.cat([own, poison.view(1)]))
         stops, saves, written, superseded, poisoned = sums.tolist()
         if superseded:
-            raise UserError(
-                f"{self._run_dir} has been superseded by a later start of the run: this one ends"
-            )
+            raise self._store.superseded()
         all_written = written == self._engine.rank_info.world_size
         return Decision(bool(stops), bool(saves), all_written, not poisoned)
 

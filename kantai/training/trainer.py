@@ -22,7 +22,7 @@ from kantai.training.loss_monitor import MONITORED, LossMonitor
 from kantai.training.run_dir import RunDir
 from kantai.training.run_logger import RunLogger
 from kantai.training.skipped_data import SkippedData
-from kantai.training.stopping import Decision, StopCoordinator
+from kantai.training.stopping import Decision, StopCoordinator, stopped_message
 from kantai.training.throughput import Throughput, peak_memory_gib
 from kantai.training.watchdog import Watchdog
 
@@ -287,11 +287,9 @@ class Trainer:
         """Publish the last checkpoint, flush the metrics and leave the other ranks."""
         self.publish()
         if done < self.max_steps:
-            self.logger.say(
-                f"asked to stop ({self.stopping.reason()}) after "
-                f"{time.monotonic() - self.trains_since:.0f} s of training: saved step {done} of "
-                f"{self.max_steps}; the same command goes on from there"
-            )
+            trained = time.monotonic() - self.trains_since
+            reason = self.stopping.reason()
+            self.logger.say(stopped_message(reason, trained, done=done, max_steps=self.max_steps))
         self.logger.finish()
         self.watchdog.stop()
         self.engine.leave()

@@ -47,6 +47,18 @@ def test_program_refuses_a_url_as_output(
 
 
 Start = Callable[[], Program]
+_IMPATIENT = """
+import runpy, sys
+from kantai.storage import atomic
+atomic._LOCK_WAIT_SECONDS = 4
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def impatient(command: list[object]) -> Program:
+    """Start a script of a command that waits for an output's lock for seconds, not minutes."""
+    return Program([sys.executable, "-c", _IMPATIENT, *command[1:]])
 
 
 def stop(program: Program) -> None:
@@ -61,10 +73,11 @@ def assert_one_of_two_writes(start: Start, output: Path, has_begun: Callable[[],
         wait_until(has_begun, first)
         first.send_signal(signal.SIGSTOP)
         assert not output.exists()
-        second = start()
+        second = impatient([*first.args])
         assert second.wait_for_end() == 2
-        said = f"error: another process is writing {output}: wait for it, or choose another output"
-        assert second.err.strip() == said
+        busy = f"another process is writing {output}"
+        assert second.err.strip() == f"error: {busy}: wait for it, or choose another output"
+        assert f"{busy}: waiting 4 seconds for it at most" in second.out
         first.send_signal(signal.SIGCONT)
         assert first.wait_for_end() == 0
     except BaseException:
@@ -115,7 +128,7 @@ def test_merge_waits_for_a_part_that_is_tokenized(
         wait_until(pieces.exists, first)
         first.send_signal(signal.SIGSTOP)
         assert Program([*command, "--part", "1", "--parts", "2"]).wait_for_end() == 0
-        merge = Program([*command, "--merge"])
+        merge = impatient([*command, "--merge"])
         assert merge.wait_for_end() == 2
         assert "another process is writing" in merge.err
         first.send_signal(signal.SIGCONT)

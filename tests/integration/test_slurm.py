@@ -566,3 +566,52 @@ def test_time_limit_that_pays_for_no_start_ends_job(
     assert "gave up: 3 starts in a row that trained for less time than" in printed
     assert steps_logged(run) > 0
     assert re.search(r"note: .*mine.yaml was changed on .*, after this job was submitted", printed)
+
+
+def test_stop_by_user_counts_as_no_fruitless_start(
+    cluster: Cluster, data_arguments: list[str], tmp_path: Path
+) -> None:
+    """Each start is stopped at once, and takes longer to begin than it trains."""
+    run = tmp_path / "run"
+    how = [*data_arguments, "--training.max_steps=1000000", f"--run_dir={run}"]
+    site = "RANKS_PER_NODE=1 MAX_FRUITLESS=0"
+    job = cluster.sbatch("--nodes=1", *PRETRAIN, "cpu", *how, site=site)
+    by_signal = ("scancel", "--batch", "--signal=USR1", job)
+    for number, stop in enumerate([(run / "STOP").touch, lambda: cluster.run(*by_signal)]):
+        logged = steps_logged(run)
+        cluster.wait_until(lambda logged=logged: steps_logged(run) > logged, job=job)
+        stop()
+        cluster.wait_until(
+            lambda number=number: int(cluster.job(job)["Restarts"]) > number, job=job
+        )
+    printed = cluster.output(job)
+    cluster.run("scancel", job)
+    cluster.wait(job)
+    assert printed.count("not done yet") == 2
+    assert "raise --time" not in printed
+
+
+def test_job_is_requeued_after_passing_io_error(cluster: Cluster, tmp_path: Path) -> None:
+    """The kernel answers a read of /proc/self/mem with EIO, as a file server may for a while."""
+    site = "MAX_FRUITLESS=1"
+    fails = "/proc/self/mem"
+    (tmp_path / "tokenizer.json").symlink_to(fails)
+    (tmp_path / "text.txt").write_text("Kant")
+    where = ["--output", tmp_path / "shards", "--tokenizer", tmp_path]
+    trains = cluster.sbatch("--nodes=1", PRETRAIN[0], fails, "cpu", site=site)
+    tokenizes = cluster.sbatch(
+        "--array=0",
+        "--cpus-per-task=1",
+        "slurm/tokenize.sbatch",
+        "--input",
+        tmp_path / "text.txt",
+        *where,
+        site=site,
+    )
+    for job, restarts, said in (
+        (trains, "2", "could not look how far the run is"),
+        (f"{tokenizes}_0", "1", "ended with 74"),
+    ):
+        ended = cluster.wait(job)
+        assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", restarts), cluster.all_logs()
+        assert said in cluster.all_logs()

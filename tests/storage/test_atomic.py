@@ -3,7 +3,9 @@
 import os
 import signal
 import stat
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from kantai.storage.atomic import (
     staged,
     verify,
 )
-from tests.helpers.commands import run_python
+from tests.helpers.commands import ROOT, Program, run_python, wait_until
 
 
 def seal(target: Path, **files: str) -> Path:
@@ -227,6 +229,13 @@ def test_local_path_is_a_place_to_write(path: str) -> None:
     refuse_url(Path("x") / path)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse a lock that another process holds within a second."""
+    monkeypatch.setattr("kantai.storage.atomic._LOCK_WAIT_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_lock_is_held_by_one_or_shared_by_several(tmp_path: Path) -> None:
     target = tmp_path / "shards"
     busy = "another process is writing .*/shards: wait for it"
@@ -249,4 +258,56 @@ def test_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
         (tmp_path / ".shards.lock").unlink()
         with locked(tmp_path / "shards"):
             assert (tmp_path / ".shards.lock").exists()
+    assert names(tmp_path) == []
+
+
+def holder_of_lock(target: Path, seconds: float) -> Program:
+    """Return a process that holds the lock of an output for some seconds, and then is killed."""
+    code = f"""
+import os, pathlib, signal, time
+from kantai.storage.atomic import locked
+with locked(pathlib.Path({str(target)!r})):
+    print("held", flush=True)
+    time.sleep({seconds})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    holder = Program([sys.executable, "-c", code], PYTHONPATH=str(ROOT))
+    wait_until(lambda: "held" in holder.out, holder)
+    return holder
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_lock_of_a_dying_process_is_waited_for(
+    shared: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file server takes a dead node for alive until its lease ends."""
+    holder = holder_of_lock(tmp_path / "shards", 4.5)
+    with locked(tmp_path / "shards", shared=shared):
+        assert holder.wait_for_end() == -signal.SIGKILL
+    said = f"another process is writing {tmp_path / 'shards'}: waiting 120 seconds for it at most"
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert names(tmp_path) == []
+
+
+def test_lock_that_is_held_for_a_moment_is_waited_for_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last of several parts holds the lock alone while it removes the file."""
+    holder_of_lock(tmp_path / "shards", 0.5)
+    with locked(tmp_path / "shards", shared=True):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_parts_that_begin_while_others_end_get_the_lock(tmp_path: Path) -> None:
+    """Each part shares the lock, and the last to leave tries to hold it alone."""
+
+    def take_often() -> None:
+        for _ in range(300):
+            with locked(tmp_path / "shards", shared=True):
+                pass
+
+    with ThreadPoolExecutor(4) as threads:
+        taken = [threads.submit(take_often) for _ in range(4)]
+    assert [each.exception() for each in taken] == [None] * 4
     assert names(tmp_path) == []

@@ -6,6 +6,7 @@ Looking at one imports no torch, so it takes a second.
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kantai.config.loading import (
     fixed_settings,
     flat_settings,
     load_config,
+    read_run_dir,
     read_settings,
     refuse_other_run,
     save_config,
@@ -251,22 +253,35 @@ def load_run_config(
     """Load a config; what it leaves out is as the run recorded it, if the run has begun.
 
     So a default may change in a later release, and a run goes on as it began. It also does so if
-    the file that it began with has been edited since: a job in a queue has no one to ask. A run
-    directory of another release is refused.
+    the file that it began with has been edited since, even into one that cannot be read: a job in a
+    queue has no one to ask. A run directory of another release is refused.
 
     Args:
         say: told each edit that is not taken up.
+
+    Raises:
+        UserError: see :func:`load_config`; the overrides are at fault, or the run did not begin
+            with the file.
     """
-    run_dir = read_settings(path, overrides).get("run_dir")
-    if not isinstance(run_dir, str):
+    run_dir = read_run_dir(path, overrides)
+    if run_dir is None:
         return load_config(path, overrides)
     recorded = Path(run_dir).expanduser() / CONFIG_FILE
     if not recorded.is_file():
         return load_config(path, overrides)
     check_version(recorded.parent)
     begun = load_config(recorded)
-    config = load_config(path, overrides, begun)
-    if _read_version(recorded.parent).get("config_file") != str(Path(path).absolute()):
+    is_origin = _is_origin(path, recorded.parent)
+    try:
+        config = load_config(path, overrides, begun)
+    except UserError as error:
+        if not is_origin:
+            raise
+        config = _as_recorded(recorded, overrides, error)
+        fault = " ".join(str(error).split())
+        say(f"note: {fault}. This run goes on with {recorded} and the overrides alone")
+        return config
+    if not is_origin:
         return config
     config, edits = as_begun(config, _begun_with(recorded.parent, config), overrides)
     for key, (now, before) in edits.items():
@@ -275,6 +290,25 @@ def load_run_config(
             f"{as_written(before)}, as it began; give a new --run_dir=... to train with the new one"
         )
     return config
+
+
+def _is_origin(path: str | Path, run_dir: Path) -> bool:
+    """Whether a run began with a config file, by whichever spelling or link it is named."""
+    origin = _read_version(run_dir).get("config_file")
+    return isinstance(origin, str) and os.path.realpath(origin) == os.path.realpath(path)
+
+
+def _as_recorded(recorded: Path, overrides: Sequence[str], error: UserError) -> Config:
+    """The settings of a run whose config file cannot be read as it is now.
+
+    Raises:
+        UserError: the overrides are at fault, as ``error`` says.
+    """
+    moved = f"--run_dir={recorded.parent}"  # the directory may have been moved since
+    try:
+        return load_config(recorded, [moved, *overrides])
+    except UserError:
+        raise error from None
 
 
 def open_run_dir(

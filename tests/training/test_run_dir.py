@@ -1,6 +1,7 @@
 """A run continues with its recorded settings, its data stream and its own checkpoints."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -384,3 +385,80 @@ def test_conflict_copy_in_checkpoint_is_not_loaded(scored_run: RunDir) -> None:
         shutil.copyfile(state, folder / name)
     model, _ = load_saved_model(scored_run, 30, scored_run.choose)
     assert model.lm_head.bias[0] == 30
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text + "\nbatch: {micro_", "is not YAML"),
+        (lambda text: text + "\nseed: 5\nseed: 6\n", "seed is given twice"),
+        (lambda text: text + "\nsede: 5\n", "unknown key 'sede'"),
+        (lambda text: text + "\nseed: five\n", "seed: "),
+        (lambda text: text + "\ndata: {}\n", "data is given twice"),
+        (lambda text: "", "has no keys"),
+        (lambda text: None, "cannot read the config"),
+    ],
+)
+@pytest.mark.parametrize("place", ["override", "file"])
+def test_run_goes_on_though_its_config_file_cannot_be_read(
+    edit: Callable[[str], str | None], message: str, place: str, tmp_path: Path, where: list[str]
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    begun = saved_config(tmp_path / "run")
+    text = edit(path.read_text())
+    if place == "file":
+        if not text:
+            return  # nothing says which run it is
+        run_dir = arguments.pop()
+        assert run_dir.startswith("--run_dir=")
+        text = re.sub("^run_dir: .*", f"run_dir: {tmp_path / 'run'}", text, flags=re.MULTILINE)
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    said: list[str] = []
+    override = "--checkpoint.every_steps=7"
+    config = load_run_config(path, [*arguments, override], said.append)
+    assert open_run(config).path == tmp_path / "run"
+    assert fixed_settings(config) == fixed_settings(begun)
+    assert config.checkpoint.every_steps == 7
+    (note,) = said
+    assert message in note and "mine.yaml" in note and "This run goes on with" in note
+    assert "\n" not in note
+
+
+def test_fault_of_override_is_refused_though_file_is_the_run_s(
+    tmp_path: Path, where: list[str]
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    with pytest.raises(UserError, match=r"mine\.yaml: unknown key 'sede'"):
+        load_run_config(path, [*arguments, "--sede=5"])
+    with pytest.raises(UserError, match="cannot read the argument '--seed'"):
+        load_run_config(path, [*arguments, "--seed"])
+    path.write_text("seed: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_run_config(path, [*arguments, "--sede=5"])
+    with pytest.raises(UserError, match="seed was 0 and is 5"):
+        open_run(load_run_config(path, [*arguments, "--seed=5"]))
+
+
+def test_other_config_file_that_cannot_be_read_is_refused(tmp_path: Path, where: list[str]) -> None:
+    _, arguments = edited_run(tmp_path, where)
+    other = tmp_path / "other.yaml"
+    other.write_text("seed: [")
+    for path in (other, tmp_path / "none.yaml"):
+        with pytest.raises(UserError, match=r"is not YAML|cannot read"):
+            load_run_config(path, arguments)
+
+
+def test_config_file_of_run_is_known_by_any_path(
+    tmp_path: Path, where: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    path.write_text(path.read_text() + "\nseed: 5\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "linked.yaml").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "folder/../mine.yaml", "link/mine.yaml", "linked.yaml"):
+        assert load_run_config(name, arguments).seed == 0, name

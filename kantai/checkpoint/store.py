@@ -18,7 +18,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from kantai.errors import UserError
-from kantai.storage.atomic import Damaged, fsync, publish, read_manifest, verify
+from kantai.storage.atomic import (
+    MANIFEST,
+    Damaged,
+    fsync,
+    publish,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
 HELD_OUT_LOSS = "held_out_loss"  # in the manifest of a checkpoint that was scored
 
@@ -181,6 +189,15 @@ class CheckpointStore:
         if not isinstance(values, list):
             return []
         return [value for value in values if isinstance(value, float)]
+
+    def score(self, step: int, held_out_loss: float) -> None:
+        """Write the held-out loss of a published checkpoint into its manifest, if that is good."""
+        with contextlib.suppress(Damaged), self._fenced() as attempt:
+            manifest = read_manifest(self.path(step))
+            partial = attempt / MANIFEST
+            write_manifest(partial, **{**manifest, HELD_OUT_LOSS: held_out_loss})
+            partial.replace(self.path(step) / MANIFEST)
+            fsync(self.path(step))
 
     def scores(self) -> dict[int, float]:
         """Held-out losses by step, of the checkpoints that were scored."""

@@ -254,6 +254,8 @@ class Trainer:
         )
         prompts = self.data.prompts()
         words = fill_masks(engine.model, self.data.vocabulary, prompts, self.data.seq_len)
+        # Before the metrics: the next start evaluates again what they lack.
+        self.checkpointer.score(done, score.loss)
         self.logger.log_evaluation(
             done,
             score,
@@ -261,7 +263,6 @@ class Trainer:
             unigram_entropy=self.data.unigram_entropy,
             peak_memory_gib=self._peak_memory_gib(),
         )
-        self.checkpointer.score(done, score.loss)
         self.evaluation_seconds = time.perf_counter() - start
         self.watchdog.kick()
 
@@ -323,6 +324,7 @@ class Trainer:
     def _restart_from(self, done: int) -> None:
         """Take up metrics, their history and the skipped data as they are behind a checkpoint."""
         engine = self.engine
+        self.checkpointer.step = done
         engine.on_main(lambda: self.logger.open(done))
         losses, grad_norms = engine.from_main([self._recent(name, done) for name in MONITORED])
         self.monitor.restart(losses, grad_norms)

@@ -45,6 +45,8 @@ class CheckpointStore:
         Raises:
             UserError: there can be no folder of checkpoints.
         """
+        if self._attempt is not None:
+            return  # a folder that a later start has taken must not come back
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -54,7 +56,6 @@ class CheckpointStore:
             ) from None
         while self._attempt is None:
             self._attempt = self._new_attempt()
-        self._beside.mkdir(exist_ok=True)
         # The folder that is_superseded looks for goes first.
         for own in (self._attempt, self._beside):
             for earlier in own.parent.glob(".attempt-*"):
@@ -81,10 +82,13 @@ class CheckpointStore:
         except FileExistsError:
             return None
         attempt = self.folder / f".attempt-{number:06d}"
-        attempt.mkdir()
-        # A later start may have looked for earlier ones before this folder was there.
+        beside = self._run_dir / attempt.name
+        for folder in (beside, attempt):
+            folder.mkdir(exist_ok=True)
+        # A later start may have looked for earlier ones before these folders were there.
         if (starts / f"{number + 1:06d}").exists():
-            shutil.rmtree(attempt, ignore_errors=True)
+            for folder in (attempt, beside):
+                shutil.rmtree(folder, ignore_errors=True)
             return None
         return attempt
 

@@ -33,7 +33,7 @@ from kantai.config.schema import MAY_CHANGE_WITHOUT_DROPOUT, Config
 from kantai.data.dataset import Data, open_data, stream_version
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
-from kantai.storage.atomic import Damaged, digest, refuse_url, replaced, sha256
+from kantai.storage.atomic import Damaged, digest, refuse_url, sha256
 from kantai.training.skipped_data import SkippedData
 
 CONFIG_FILE = "config.yaml"
@@ -100,12 +100,14 @@ class RunDir:
             UserError: the run belongs to other settings or data. It is as it was, and a start that
                 is at work goes on.
         """
-        self.newest()  # a start that is refused must not end the one that runs
-        if not (self.path / CONFIG_FILE).exists():
-            self.create()  # nobody has begun, and a folder without it is no run directory
+        self.refuse_other_run()  # a start that is refused must not end the one that runs
+        self.newest()
         self.store.supersede()
-        self.create()
-        return self.newest(set_aside=True)
+        # Another start may have begun or gone on meanwhile. From here on, none can write.
+        self.refuse_other_run()
+        newest = self.newest(set_aside=True)
+        self._write()
+        return newest
 
     def choose(self, step: int | None = None, *, best: bool = False) -> int:
         """Step of a valid checkpoint: of ``step``, or the best, or the newest.
@@ -144,19 +146,29 @@ class RunDir:
         self._check_lineage(step, manifest.get("lineage"))
         return step
 
+    def refuse_other_run(self) -> None:
+        """Refuse a run in the directory that is of another release or has other settings."""
+        if (self.path / CONFIG_FILE).exists():
+            check_version(self.path)
+            refuse_other_run(self.config, _begun_with(self.path, self.config))
+
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.store.supersede()
+        self._write()
+
+    def _write(self) -> None:
         # The config comes first: it is what makes a folder a run directory.
-        with replaced(self.path / CONFIG_FILE) as partial:
+        with self.store.replaced(self.path / CONFIG_FILE) as partial:
             save_config(self.config, partial)
         begun_with = {key: self.lineage[key] for key in _DATA_KEYS}
         if self.config_file is not None:
             begun_with["config_file"] = str(self.config_file)
-        save_version(self.path, begun_with)
+        save_version(self.path, self.store, begun_with)
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts())
         text = "".join(f"{prompt}\n" for prompt in prompts)
-        (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
+        with self.store.replaced(self.path / PROMPTS_FILE) as partial:
+            partial.write_text(text, encoding="utf-8")
         (self.path / "stacks").mkdir(exist_ok=True)
 
     @cached_property
@@ -326,6 +338,8 @@ def open_run_dir(
     """
     check_schedule(config.optimizer, data.max_steps)
     path = Path(config.run_dir)
+    origin = None if config_file is None else Path(config_file).absolute()
+    run_dir = RunDir(path, config, data, origin)
     refuse_url(path)
     if (path / CONFIG_FILE).exists():
         if not resume:
@@ -333,12 +347,10 @@ def open_run_dir(
                 f"{path} has a run already: leave --resume at auto to continue it, or give another "
                 "--run_dir=..."
             )
-        check_version(path)
-        refuse_other_run(config, _begun_with(path, config))
+        run_dir.refuse_other_run()
     elif path.exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
-    origin = None if config_file is None else Path(config_file).absolute()
-    return RunDir(path, config, data, origin)
+    return run_dir
 
 
 def _begun_with(run_dir: Path, config: Config) -> Config:
@@ -400,7 +412,9 @@ def saved_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> None:
+def save_version(
+    run_dir: Path, store: CheckpointStore, begun_with: dict[str, str] | None = None
+) -> None:
     """Say which release a run directory is of, and which data stream its run is shown.
 
     Args:
@@ -409,7 +423,7 @@ def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> Non
     stream = stream_version_of(run_dir)
     release = {"kantai": kantai.__version__, "format": FORMAT, "stream": stream}
     version = {**release, **(begun_with or {})}
-    with replaced(run_dir / VERSION_FILE) as partial:
+    with store.replaced(run_dir / VERSION_FILE) as partial:
         partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
 
 
@@ -459,12 +473,15 @@ def _has_old_settings(run_dir: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing that a user put there.
+    """Whether a folder holds nothing that a user put there, but for a place for checkpoints.
 
     A start that was killed at once, an editor, a file server and a new disk leave hidden files or
-    ``lost+found``.
+    ``lost+found``; the start, also ``checkpoints`` with such files.
     """
     if not path.is_dir():
         return False
-    names = [entry.name for entry in path.iterdir()]
-    return all(name.startswith(".") or name == "lost+found" for name in names)
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    return all(
+        entry.name == "lost+found" or (entry.name == "checkpoints" and _is_empty(entry))
+        for entry in entries
+    )

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -462,3 +464,87 @@ def test_config_file_of_run_is_known_by_any_path(
     monkeypatch.chdir(tmp_path)
     for name in ("mine.yaml", "folder/../mine.yaml", "link/mine.yaml", "linked.yaml"):
         assert load_run_config(name, arguments).seed == 0, name
+
+
+@contextmanager
+def supersede_with(
+    run: RunDir, *, before: Callable[[], Any] = int, after: Callable[[], Any] = int
+) -> Iterator[None]:
+    """Do something immediately before or after a start supersedes the earlier ones."""
+    real = run.store.supersede
+
+    def supersede() -> None:
+        before()
+        real()
+        after()
+
+    with patch.object(run.store, "supersede", supersede):
+        yield
+
+
+def test_second_first_start_with_other_settings_is_refused(
+    tmp_path: Path, where: list[str]
+) -> None:
+    """Both look before either has begun."""
+    first, second = (
+        open_run(load_config(CONFIG, [*TINY, *where, f"--seed={seed}"])) for seed in (1, 2)
+    )
+    first.take_over()
+    before = file_contents(first.path)
+    with pytest.raises(UserError, match="seed was 1 and is 2"):
+        second.take_over()
+    assert file_contents(first.path) == before
+    assert not first.store.is_superseded()
+
+
+def test_start_that_finds_other_run_at_last_moment_leaves_its_files(
+    tmp_path: Path, where: list[str]
+) -> None:
+    first, second = (
+        open_run(load_config(CONFIG, [*TINY, *where, f"--seed={seed}"])) for seed in (1, 2)
+    )
+    with (
+        supersede_with(second, before=first.take_over),
+        pytest.raises(UserError, match="seed was 1 and is 2"),
+    ):
+        second.take_over()
+    assert saved_config(first.path).seed == 1
+    assert open_run(first.config).take_over() == 0
+
+
+def test_superseded_start_does_not_write_its_config(tmp_path: Path, where: list[str]) -> None:
+    """The settings that differ may change, and so are refused to neither."""
+    names = ("config.yaml", "version.json", "prompts.txt")
+    for begun in (False, True):
+        first, second = (
+            open_run_dir(config, open_data(config), config_file=f"{every}.yaml")
+            for every in (3, 4)
+            for config in [
+                load_config(CONFIG, [*TINY, *where, f"--checkpoint.every_steps={every}"])
+            ]
+        )
+        assert (first.path / "config.yaml").exists() is begun
+        with (
+            supersede_with(first, after=second.take_over),
+            pytest.raises(UserError, match="has been superseded by a later start"),
+        ):
+            first.take_over()
+        assert saved_config(first.path).checkpoint.every_steps == 4
+        assert "/4.yaml" in (first.path / "version.json").read_text()
+        for name in names:
+            assert not list(first.path.glob(f".{name}*"))
+
+
+def test_start_killed_before_its_config_blocks_no_run_directory(
+    tmp_path: Path, where: list[str]
+) -> None:
+    config = load_config(CONFIG, [*TINY, *where])
+    open_run(config).store.supersede()
+    run = open_run(config)
+    run.take_over()
+    assert saved_config(run.path) == config
+
+    (run.path / "config.yaml").unlink()
+    save_step(run, 2)
+    with pytest.raises(UserError, match="exists and is no run directory"):
+        open_run(config)

@@ -155,7 +155,11 @@ class CheckpointStore:
         return manifest
 
     def newest_valid(
-        self, *, set_aside: bool = False, up_to: float = math.inf
+        self,
+        *,
+        set_aside: bool = False,
+        up_to: float = math.inf,
+        verified: tuple[int, dict[str, Any]] | None = None,
     ) -> tuple[int, dict[str, Any]] | None:
         """Step and manifest of the newest checkpoint that a run can go on from.
 
@@ -166,13 +170,16 @@ class CheckpointStore:
             set_aside: rename the damaged ones after it to ``damaged-...``; for the one process
                 that may write.
             up_to: the last step that counts.
+            verified: what this returned a moment ago. That checkpoint's bytes are not read again
+                while its manifest is the same.
         """
         damaged = []
         steps = [step for step in self.steps() if step <= up_to]
         while steps:
             step = steps.pop()
             try:
-                manifest = self.verify(step)
+                is_known = verified == (step, read_manifest(self.path(step)))
+                manifest = verify(self.path(step), hashes=False) if is_known else self.verify(step)
             except Damaged as damage:
                 if not self.path(step).exists():  # a start that is at work has pruned it
                     found = [step for step in self.steps() if step <= up_to]

@@ -74,7 +74,12 @@ class RunDir:
             UserError: it belongs to other settings, shards or another tokenizer; or there are
                 checkpoints, and all of them are damaged.
         """
-        found = self.store.newest_valid(set_aside=set_aside, up_to=up_to)
+        return self._check_newest(self.store.newest_valid(set_aside=set_aside, up_to=up_to), up_to)
+
+    def _check_newest(
+        self, found: tuple[int, dict[str, Any]] | None, up_to: float = math.inf
+    ) -> int:
+        """Step of the checkpoint that was found to be the newest valid; see :meth:`newest`."""
         if found is not None:
             step, manifest = found
             self._check_lineage(step, manifest.get("lineage"))
@@ -101,11 +106,13 @@ class RunDir:
                 is at work goes on.
         """
         self.refuse_other_run()  # a start that is refused must not end the one that runs
-        self.newest()
+        found = self.store.newest_valid()
+        self._check_newest(found)
         self.store.supersede()
         # Another start may have begun or gone on meanwhile. From here on, none can write.
         self.refuse_other_run()
-        newest = self.newest(set_aside=True)
+        found = self.store.newest_valid(set_aside=True, verified=found)
+        newest = self._check_newest(found)
         self._write()
         return newest
 

@@ -303,14 +303,15 @@ class Trainer:
         self.engine.leave()
 
     def _load(self, step: int) -> None:
-        """Load a checkpoint, if every rank reads what rank 0 has verified.
+        """Load a checkpoint, if every node reads what rank 0 has verified.
 
         Raises:
             UserError: a rank reads other bytes; the message names it and its node.
         """
         path = self.store.path(step)
-        is_main = self.engine.rank_info.is_main
-        found = self.engine.from_all((platform.node(), *_read_checkpoint(path, hashes=not is_main)))
+        # Once a node, as for shards; rank 0 has read all bytes already.
+        hashes = self.engine.rank_info.local_rank == 0 and not self.engine.rank_info.is_main
+        found = self.engine.from_all((platform.node(), *_read_checkpoint(path, hashes=hashes)))
         for rank, (node, manifest, damage) in enumerate(found):
             if damage or manifest != found[0][1]:
                 fault = damage or "its manifest is another than rank 0's"

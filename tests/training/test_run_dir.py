@@ -2,20 +2,25 @@
 
 import json
 import re
+import runpy
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 import kantai
+from kantai.cluster.environment import RankInfo
 from kantai.config.loading import fixed_settings, load_config
 from kantai.config.schema import Config
 from kantai.data.dataset import STREAM_VERSION, open_data
 from kantai.errors import UserError
+from kantai.storage import atomic
 from kantai.storage.atomic import manifest_entry
 from kantai.training.run_dir import (
     FORMAT,
@@ -27,7 +32,8 @@ from kantai.training.run_dir import (
     saved_config,
 )
 from kantai.training.saved_model import load_saved_model
-from tests.helpers.commands import CONFIG, TINY
+from kantai.training.trainer import Trainer
+from tests.helpers.commands import CONFIG, ROOT, TINY
 from tests.helpers.files import file_contents
 from tests.helpers.saved_run import make_saved_run, save_step
 
@@ -548,3 +554,77 @@ def test_start_killed_before_its_config_blocks_no_run_directory(
     save_step(run, 2)
     with pytest.raises(UserError, match="exists and is no run directory"):
         open_run(config)
+
+
+def files_hashed(action: Callable[[], Any]) -> list[str]:
+    """Return the names of the checkpoints' files that an action hashes."""
+    names = []
+
+    def sha256(path: Path) -> str:
+        names.append(f"{path.parent.name}/{path.name}")
+        return real(path)
+
+    real = atomic.sha256
+    with patch.object(atomic, "sha256", sha256):
+        action()
+    return names
+
+
+def test_start_hashes_checkpoint_once_unless_it_changes(scored_run: RunDir) -> None:
+    newest = "step-00000030/state-00000-of-00001.safetensors"
+    before = "step-00000020/state-00000-of-00001.safetensors"
+    assert files_hashed(scored_run.take_over) == [newest]
+
+    def open_again() -> RunDir:
+        return open_run_dir(scored_run.config, scored_run.data)
+
+    second = open_again()
+    with supersede_with(second, before=lambda: save_step(scored_run, 40)):
+        hashed = files_hashed(second.take_over)
+    later = newest.replace("30", "40")
+    assert hashed[-1] == later and hashed.count(newest) == 1
+
+    third = open_again()
+    with supersede_with(third, before=lambda: shutil.rmtree(third.store.path(40))):
+        assert files_hashed(third.take_over) == [later, newest]
+
+    fourth = open_again()
+    with supersede_with(fourth, before=lambda: third.store.score(30, 2.5)):
+        assert files_hashed(fourth.take_over) == [newest, newest]
+
+    fifth = open_again()
+    (state,) = scored_run.store.path(30).glob("*.safetensors")
+    with supersede_with(fifth, before=lambda: state.write_bytes(state.read_bytes()[:-1])):
+        assert files_hashed(fifth.take_over) == [newest, before]
+    assert fifth.store.steps() == [10, 20]
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "hashes"), [(0, 0, 0), (1, 1, 0), (8, 0, 1)])
+def test_checkpoint_that_is_loaded_is_hashed_once_a_node(
+    scored_run: RunDir, rank: int, local_rank: int, hashes: int
+) -> None:
+    """Rank 0 has hashed it as it took the run over. Other ranks need a world, so they are acted."""
+    loaded: list[Path] = []
+    engine = SimpleNamespace(
+        rank_info=RankInfo(rank, 16, local_rank),
+        from_all=lambda value: [value],
+        load_state=loaded.append,
+    )
+    trainer: Any = SimpleNamespace(engine=engine, store=scored_run.store)
+    assert len(files_hashed(lambda: Trainer._load(trainer, 30))) == hashes
+    assert loaded == [scored_run.store.path(30)]
+
+
+def test_finished_run_is_hashed_once(
+    scored_run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_step(scored_run, 1000)
+    for options in ([], ["--check"]):
+        config = scored_run.path / "config.yaml"
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", f"--config={config}", *options])
+        script = str(ROOT / "scripts/pretrain.py")
+        hashed = files_hashed(lambda: runpy.run_path(script, run_name="__main__"))  # noqa: B023
+        assert [name for name in hashed if name.startswith("step-")] == [
+            "step-00001000/state-00000-of-00001.safetensors"
+        ]
+        assert f"{scored_run.path}: 1000 of 1000 steps done" in capsys.readouterr().out

@@ -45,9 +45,11 @@ def main() -> None:
     data = open_data(config, hashes=rank_info.local_rank == 0)
     resume = arguments.resume == "auto"
     run_dir = open_run_dir(config, data, resume=resume, config_file=arguments.config)
-    if arguments.check or run_dir.is_finished():
+    is_finished = run_dir.is_finished()
+    if arguments.check or is_finished:
         if rank_info.is_main:
-            print(f"{run_dir.path}: {run_dir.newest()} of {data.max_steps} steps done")
+            done = data.max_steps if is_finished else run_dir.newest()
+            print(f"{run_dir.path}: {done} of {data.max_steps} steps done")
             notes = (data.describe_unshown(shape.seq_len) for shape in config.batch_shapes())
             print(*(f"{note}\n" for note in dict.fromkeys(notes) if note), sep="", end="")
         return

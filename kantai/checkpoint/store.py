@@ -18,7 +18,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from kantai.errors import UserError
-from kantai.storage.atomic import Damaged, fsync, publish, read_manifest, verify
+from kantai.storage.atomic import (
+    MANIFEST,
+    Damaged,
+    fsync,
+    publish,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
 HELD_OUT_LOSS = "held_out_loss"  # in the manifest of a checkpoint that was scored
 
@@ -37,6 +45,8 @@ class CheckpointStore:
         Raises:
             UserError: there can be no folder of checkpoints.
         """
+        if self._attempt is not None:
+            return  # a folder that a later start has taken must not come back
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -46,7 +56,6 @@ class CheckpointStore:
             ) from None
         while self._attempt is None:
             self._attempt = self._new_attempt()
-        self._beside.mkdir(exist_ok=True)
         # The folder that is_superseded looks for goes first.
         for own in (self._attempt, self._beside):
             for earlier in own.parent.glob(".attempt-*"):
@@ -82,10 +91,13 @@ class CheckpointStore:
         except FileExistsError:
             return None
         attempt = self.folder / f".attempt-{number:06d}"
-        attempt.mkdir()
-        # A later start may have looked for earlier ones before this folder was there.
+        beside = self._run_dir / attempt.name
+        for folder in (beside, attempt):
+            folder.mkdir(exist_ok=True)
+        # A later start may have looked for earlier ones before these folders were there.
         if (starts / f"{number + 1:06d}").exists():
-            shutil.rmtree(attempt, ignore_errors=True)
+            for folder in (attempt, beside):
+                shutil.rmtree(folder, ignore_errors=True)
             return None
         return attempt
 
@@ -149,7 +161,11 @@ class CheckpointStore:
         return manifest
 
     def newest_valid(
-        self, *, set_aside: bool = False, up_to: float = math.inf
+        self,
+        *,
+        set_aside: bool = False,
+        up_to: float = math.inf,
+        verified: tuple[int, dict[str, Any]] | None = None,
     ) -> tuple[int, dict[str, Any]] | None:
         """Step and manifest of the newest checkpoint that a run can go on from.
 
@@ -160,13 +176,16 @@ class CheckpointStore:
             set_aside: rename the damaged ones after it to ``damaged-...``; for the one process
                 that may write.
             up_to: the last step that counts.
+            verified: what this returned a moment ago. That checkpoint's bytes are not read again
+                while its manifest is the same.
         """
         damaged = []
         steps = [step for step in self.steps() if step <= up_to]
         while steps:
             step = steps.pop()
             try:
-                manifest = self.verify(step)
+                is_known = verified == (step, read_manifest(self.path(step)))
+                manifest = verify(self.path(step), hashes=False) if is_known else self.verify(step)
             except Damaged as damage:
                 if not self.path(step).exists():  # a start that is at work has pruned it
                     found = [step for step in self.steps() if step <= up_to]
@@ -187,6 +206,15 @@ class CheckpointStore:
         if not isinstance(values, list):
             return []
         return [value for value in values if isinstance(value, float)]
+
+    def score(self, step: int, held_out_loss: float) -> None:
+        """Write the held-out loss of a published checkpoint into its manifest, if that is good."""
+        with contextlib.suppress(Damaged), self._fenced() as attempt:
+            manifest = read_manifest(self.path(step))
+            partial = attempt / MANIFEST
+            write_manifest(partial, **{**manifest, HELD_OUT_LOSS: held_out_loss})
+            partial.replace(self.path(step) / MANIFEST)
+            fsync(self.path(step))
 
     def scores(self) -> dict[int, float]:
         """Held-out losses by step, of the checkpoints that were scored."""

@@ -73,6 +73,33 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     return _with_python_s_none(tree)
 
 
+def read_run_dir(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """The run directory that a file and overrides name, also where the file is only half saved.
+
+    Raises:
+        UserError: an override is none.
+    """
+    try:
+        tree = read_settings(path, overrides)
+    except UserError:
+        tree = _read_line_of(path, "run_dir")
+        for override in overrides:
+            _lay_over(tree, override)
+    run_dir = tree.get("run_dir")
+    return run_dir if isinstance(run_dir, str) else None
+
+
+def _read_line_of(path: str | Path, key: str) -> dict[str, Any]:
+    """A setting of one line; nothing where a file, which is not YAML as a whole, lacks it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        lines = re.findall(rf"^{key}:.*", text, re.MULTILINE)
+        tree = _yaml().load(lines[0]) if len(lines) == 1 else {}
+    except (OSError, YAMLError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write a config so that :func:`load_config` gives it back, but for secrets in its URLs."""
     path.write_text(to_yaml(config.model_dump()), encoding="utf-8")

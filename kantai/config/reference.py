@@ -46,7 +46,8 @@ new run. What a config leaves out is taken from the settings that the run record
 `RUN/config.yaml`.
 
 If the file that a run began with is edited later, the run goes on with the settings it began with,
-and its first lines say what the file says differently. Settings marked *yes* are taken up. A value
+and its first lines say what the file says differently. Settings marked *yes* are taken up. If the
+file cannot be read any more, `RUN/config.yaml` counts in its place. A value
 given on the command line is never passed over: one that would change the result is refused.
 
 """

@@ -190,21 +190,22 @@ def begin(target: Path) -> Path:
 
 
 def publish(folder: Path, target: Path, files: dict[str, dict[str, Any]], **meta: Any) -> None:
-    """Seal a staging folder whose files are fsynced with a manifest; rename it to ``target``.
-
-    Secrets in the manifest's entries are redacted.
-    """
-    content = {**redact_all(meta), "files": files}
-    sealed = {**content, "digest": digest(content)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
-    fsync(manifest)
+    """Seal a staging folder whose files are fsynced with a manifest; rename it to ``target``."""
+    write_manifest(folder / MANIFEST, files, **meta)
     fsync(folder)
     for path in folder.rglob("*"):
         if path.is_dir():
             fsync(path)
     folder.rename(target)
     fsync(target.parent)
+
+
+def write_manifest(path: Path, files: dict[str, dict[str, Any]], **meta: Any) -> None:
+    """Write a manifest and fsync it. Secrets in its entries are redacted."""
+    content = {**redact_all(meta), "files": files}
+    sealed = {**content, "digest": digest(content)}
+    path.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
+    fsync(path)
 
 
 @contextlib.contextmanager

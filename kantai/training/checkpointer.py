@@ -21,7 +21,7 @@ class Checkpointer:
     """Makes one checkpoint at a time. All ranks call its methods together, but ``is_written``.
 
     Attributes:
-        step: of the last checkpoint.
+        step: of the last checkpoint that was saved or gone on from.
         stall_seconds: time that training stood still for it.
         write_seconds: time that this rank took to write it meanwhile.
     """
@@ -71,9 +71,16 @@ class Checkpointer:
         self.stall_seconds = self._saved_at - since
 
     def score(self, step: int, held_out_loss: float) -> None:
-        """Note the held-out loss of the checkpoint of ``step``, if it is not published yet."""
-        if self._written is not None and self.step == step and math.isfinite(held_out_loss):
+        """Note the held-out loss of the checkpoint of ``step``, if there is one.
+
+        That of a start which was asked to stop is published, and scored by the next start.
+        """
+        if self.step != step or not math.isfinite(held_out_loss):
+            return
+        if self._written is not None:
             self._meta[HELD_OUT_LOSS] = held_out_loss
+        else:
+            self._engine.on_main(lambda: self._store.score(step, held_out_loss))
 
     def is_written(self) -> bool:
         """Whether this rank's part of a checkpoint waits to be published."""

@@ -85,7 +85,7 @@ def convert_run(run_dir: Path) -> Iterator[str]:
         _convert_lines(store, skipped, run_dir / SKIPPED_DATA_FILE)
         skipped.unlink()
         yield f"{_SKIPPED_DATA_BEFORE}: now {SKIPPED_DATA_FILE}"
-    save_version(run_dir)
+    save_version(run_dir, store)
     yield f"{run_dir}: pretrain.py goes on with it"
 
 

@@ -6,6 +6,7 @@ Looking at one imports no torch, so it takes a second.
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kantai.config.loading import (
     fixed_settings,
     flat_settings,
     load_config,
+    read_run_dir,
     read_settings,
     refuse_other_run,
     save_config,
@@ -31,7 +33,7 @@ from kantai.config.schema import MAY_CHANGE_WITHOUT_DROPOUT, Config
 from kantai.data.dataset import Data, open_data, stream_version
 from kantai.errors import UserError
 from kantai.optim.schedule import check_schedule
-from kantai.storage.atomic import Damaged, digest, refuse_url, replaced, sha256
+from kantai.storage.atomic import Damaged, digest, refuse_url, sha256
 from kantai.training.skipped_data import SkippedData
 
 CONFIG_FILE = "config.yaml"
@@ -72,7 +74,12 @@ class RunDir:
             UserError: it belongs to other settings, shards or another tokenizer; or there are
                 checkpoints, and all of them are damaged.
         """
-        found = self.store.newest_valid(set_aside=set_aside, up_to=up_to)
+        return self._check_newest(self.store.newest_valid(set_aside=set_aside, up_to=up_to), up_to)
+
+    def _check_newest(
+        self, found: tuple[int, dict[str, Any]] | None, up_to: float = math.inf
+    ) -> int:
+        """Step of the checkpoint that was found to be the newest valid; see :meth:`newest`."""
         if found is not None:
             step, manifest = found
             self._check_lineage(step, manifest.get("lineage"))
@@ -98,12 +105,16 @@ class RunDir:
             UserError: the run belongs to other settings or data. It is as it was, and a start that
                 is at work goes on.
         """
-        self.newest()  # a start that is refused must not end the one that runs
-        if not (self.path / CONFIG_FILE).exists():
-            self.create()  # nobody has begun, and a folder without it is no run directory
+        self.refuse_other_run()  # a start that is refused must not end the one that runs
+        found = self.store.newest_valid()
+        self._check_newest(found)
         self.store.supersede()
-        self.create()
-        return self.newest(set_aside=True)
+        # Another start may have begun or gone on meanwhile. From here on, none can write.
+        self.refuse_other_run()
+        found = self.store.newest_valid(set_aside=True, verified=found)
+        newest = self._check_newest(found)
+        self._write()
+        return newest
 
     def choose(self, step: int | None = None, *, best: bool = False) -> int:
         """Step of a valid checkpoint: of ``step``, or the best, or the newest.
@@ -142,19 +153,29 @@ class RunDir:
         self._check_lineage(step, manifest.get("lineage"))
         return step
 
+    def refuse_other_run(self) -> None:
+        """Refuse a run in the directory that is of another release or has other settings."""
+        if (self.path / CONFIG_FILE).exists():
+            check_version(self.path)
+            refuse_other_run(self.config, _begun_with(self.path, self.config))
+
     def create(self) -> None:
         """Make the directory with its config and prompts; for one process alone."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.store.supersede()
+        self._write()
+
+    def _write(self) -> None:
         # The config comes first: it is what makes a folder a run directory.
-        with replaced(self.path / CONFIG_FILE) as partial:
+        with self.store.replaced(self.path / CONFIG_FILE) as partial:
             save_config(self.config, partial)
         begun_with = {key: self.lineage[key] for key in _DATA_KEYS}
         if self.config_file is not None:
             begun_with["config_file"] = str(self.config_file)
-        save_version(self.path, begun_with)
+        save_version(self.path, self.store, begun_with)
         prompts = (" ".join(prompt.split()) for prompt in self.data.prompts)
         text = "".join(f"{prompt}\n" for prompt in prompts)
-        (self.path / PROMPTS_FILE).write_text(text, encoding="utf-8")
+        with self.store.replaced(self.path / PROMPTS_FILE) as partial:
+            partial.write_text(text, encoding="utf-8")
         (self.path / "stacks").mkdir(exist_ok=True)
 
     @cached_property
@@ -251,22 +272,35 @@ def load_run_config(
     """Load a config; what it leaves out is as the run recorded it, if the run has begun.
 
     So a default may change in a later release, and a run goes on as it began. It also does so if
-    the file that it began with has been edited since: a job in a queue has no one to ask. A run
-    directory of another release is refused.
+    the file that it began with has been edited since, even into one that cannot be read: a job in a
+    queue has no one to ask. A run directory of another release is refused.
 
     Args:
         say: told each edit that is not taken up.
+
+    Raises:
+        UserError: see :func:`load_config`; the overrides are at fault, or the run did not begin
+            with the file.
     """
-    run_dir = read_settings(path, overrides).get("run_dir")
-    if not isinstance(run_dir, str):
+    run_dir = read_run_dir(path, overrides)
+    if run_dir is None:
         return load_config(path, overrides)
     recorded = Path(run_dir).expanduser() / CONFIG_FILE
     if not recorded.is_file():
         return load_config(path, overrides)
     check_version(recorded.parent)
     begun = load_config(recorded)
-    config = load_config(path, overrides, begun)
-    if _read_version(recorded.parent).get("config_file") != str(Path(path).absolute()):
+    is_origin = _is_origin(path, recorded.parent)
+    try:
+        config = load_config(path, overrides, begun)
+    except UserError as error:
+        if not is_origin:
+            raise
+        config = _as_recorded(recorded, overrides, error)
+        fault = " ".join(str(error).split())
+        say(f"note: {fault}. This run goes on with {recorded} and the overrides alone")
+        return config
+    if not is_origin:
         return config
     config, edits = as_begun(config, _begun_with(recorded.parent, config), overrides)
     for key, (now, before) in edits.items():
@@ -275,6 +309,25 @@ def load_run_config(
             f"{as_written(before)}, as it began; give a new --run_dir=... to train with the new one"
         )
     return config
+
+
+def _is_origin(path: str | Path, run_dir: Path) -> bool:
+    """Whether a run began with a config file, by whichever spelling or link it is named."""
+    origin = _read_version(run_dir).get("config_file")
+    return isinstance(origin, str) and os.path.realpath(origin) == os.path.realpath(path)
+
+
+def _as_recorded(recorded: Path, overrides: Sequence[str], error: UserError) -> Config:
+    """The settings of a run whose config file cannot be read as it is now.
+
+    Raises:
+        UserError: the overrides are at fault, as ``error`` says.
+    """
+    moved = f"--run_dir={recorded.parent}"  # the directory may have been moved since
+    try:
+        return load_config(recorded, [moved, *overrides])
+    except UserError:
+        raise error from None
 
 
 def open_run_dir(
@@ -292,6 +345,8 @@ def open_run_dir(
     """
     check_schedule(config.optimizer, data.max_steps)
     path = Path(config.run_dir)
+    origin = None if config_file is None else Path(config_file).absolute()
+    run_dir = RunDir(path, config, data, origin)
     refuse_url(path)
     if (path / CONFIG_FILE).exists():
         if not resume:
@@ -299,12 +354,10 @@ def open_run_dir(
                 f"{path} has a run already: leave --resume at auto to continue it, or give another "
                 "--run_dir=..."
             )
-        check_version(path)
-        refuse_other_run(config, _begun_with(path, config))
+        run_dir.refuse_other_run()
     elif path.exists() and not _is_empty(path):
         raise UserError(f"{path} exists and is no run directory: give another --run_dir=...")
-    origin = None if config_file is None else Path(config_file).absolute()
-    return RunDir(path, config, data, origin)
+    return run_dir
 
 
 def _begun_with(run_dir: Path, config: Config) -> Config:
@@ -366,7 +419,9 @@ def saved_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> None:
+def save_version(
+    run_dir: Path, store: CheckpointStore, begun_with: dict[str, str] | None = None
+) -> None:
     """Say which release a run directory is of, and which data stream its run is shown.
 
     Args:
@@ -375,7 +430,7 @@ def save_version(run_dir: Path, begun_with: dict[str, str] | None = None) -> Non
     stream = stream_version_of(run_dir)
     release = {"kantai": kantai.__version__, "format": FORMAT, "stream": stream}
     version = {**release, **(begun_with or {})}
-    with replaced(run_dir / VERSION_FILE) as partial:
+    with store.replaced(run_dir / VERSION_FILE) as partial:
         partial.write_text(json.dumps(version) + "\n", encoding="utf-8")
 
 
@@ -425,12 +480,15 @@ def _has_old_settings(run_dir: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing that a user put there.
+    """Whether a folder holds nothing that a user put there, but for a place for checkpoints.
 
     A start that was killed at once, an editor, a file server and a new disk leave hidden files or
-    ``lost+found``.
+    ``lost+found``; the start, also ``checkpoints`` with such files.
     """
     if not path.is_dir():
         return False
-    names = [entry.name for entry in path.iterdir()]
-    return all(name.startswith(".") or name == "lost+found" for name in names)
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    return all(
+        entry.name == "lost+found" or (entry.name == "checkpoints" and _is_empty(entry))
+        for entry in entries
+    )

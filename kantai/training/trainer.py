@@ -249,6 +249,8 @@ class Trainer:
         )
         prompts = self.data.prompts
         words = fill_masks(engine.model, self.data.vocabulary, prompts, self.data.seq_len)
+        # Before the metrics: the next start evaluates again what they lack.
+        self.checkpointer.score(done, score.loss)
         self.logger.log_evaluation(
             done,
             score,
@@ -256,7 +258,6 @@ class Trainer:
             unigram_entropy=self.data.unigram_entropy,
             peak_memory_gib=self._peak_memory_gib(),
         )
-        self.checkpointer.score(done, score.loss)
         self.evaluation_seconds = time.perf_counter() - start
         self.watchdog.kick()
 
@@ -295,14 +296,15 @@ class Trainer:
         self.engine.leave()
 
     def _load(self, step: int) -> None:
-        """Load a checkpoint, if every rank reads what rank 0 has verified.
+        """Load a checkpoint, if every node reads what rank 0 has verified.
 
         Raises:
             UserError: a rank reads other bytes; the message names it and its node.
         """
         path = self.store.path(step)
-        is_main = self.engine.rank_info.is_main
-        found = self.engine.from_all((platform.node(), *_read_checkpoint(path, hashes=not is_main)))
+        # Once a node, as for shards; rank 0 has read all bytes already.
+        hashes = self.engine.rank_info.local_rank == 0 and not self.engine.rank_info.is_main
+        found = self.engine.from_all((platform.node(), *_read_checkpoint(path, hashes=hashes)))
         for rank, (node, manifest, damage) in enumerate(found):
             if damage or manifest != found[0][1]:
                 fault = damage or "its manifest is another than rank 0's"
@@ -316,6 +318,7 @@ class Trainer:
     def _restart_from(self, done: int) -> None:
         """Take up metrics, their history and the skipped data as they are behind a checkpoint."""
         engine = self.engine
+        self.checkpointer.step = done
         engine.on_main(lambda: self.logger.open(done))
         losses, grad_norms = engine.from_main([self._recent(name, done) for name in MONITORED])
         self.monitor.restart(losses, grad_norms)

@@ -226,3 +226,22 @@ def test_manifest_gives_recent_values(tmp_path: Path) -> None:
         (folder / "state").write_text("state")
         store.publish(step, {"state": manifest_entry(folder / "state")}, recent=recent)
     assert [store.recent("train/loss", step) for step in (6, 7, 8)] == [[2.5, 3.0], [], []]
+
+
+def test_published_checkpoint_is_scored_by_latest_start_alone(tmp_path: Path) -> None:
+    store = make_checkpoints(tmp_path, 10, 20)
+    before = verify(store.path(10))
+    store.score(10, 3.0)
+    assert store.scores() == {10: 3.0} and store.best() == 10
+    assert store.verify(10) == before | {"held_out_loss": 3.0}
+    assert names(store.path(10)) == ["manifest.json", "state"]
+
+    later = make_checkpoints(tmp_path)
+    with pytest.raises(UserError, match="has been superseded by a later start"):
+        store.score(20, 2.0)
+    assert later.scores() == {10: 3.0}
+    flip_bit(later.path(20) / "manifest.json")
+    later.score(20, 2.0)  # what is damaged is not sealed anew
+    assert later.scores() == {10: 3.0}
+    later.score(30, 2.0)
+    assert later.steps() == [10, 20]

@@ -243,3 +243,19 @@ def test_only_checkpoint_is_not_thrown_away(make_run: MakeRun) -> None:
         assert do(run)
     assert windows(run) == [[8, 8, 11]]
     assert metrics(run.path, "train/skipped") == [0.0] * STEPS
+
+
+def test_checkpoint_of_stop_is_scored_by_next_start(make_run: MakeRun) -> None:
+    """A start that was asked to stop has no time to evaluate."""
+    arguments = ("--checkpoint.every_steps=5", "--evaluation.every_steps=5")
+    whole = make_run("whole", *arguments)
+    assert do(whole)
+    run = make_run("run", *arguments)
+    with stop_after_step(run, 10):
+        assert not do(run)
+    assert run.store.steps() == [5, 10] and list(run.store.scores()) == [5]
+    assert do(make_run("run", *arguments))
+    assert run.store.scores() == whole.store.scores()
+    assert list(run.store.scores()) == [5, 10, 15, STEPS]
+    assert run.choose(best=True) == whole.choose(best=True)
+    assert_same_end(run, whole)

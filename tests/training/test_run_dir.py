@@ -1,18 +1,26 @@
 """A run continues with its recorded settings, its data stream and its own checkpoints."""
 
 import json
+import re
+import runpy
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 import kantai
+from kantai.cluster.environment import RankInfo
 from kantai.config.loading import fixed_settings, load_config
 from kantai.config.schema import Config
 from kantai.data.dataset import STREAM_VERSION, open_data
 from kantai.errors import UserError
+from kantai.storage import atomic
 from kantai.storage.atomic import manifest_entry
 from kantai.training.run_dir import (
     FORMAT,
@@ -24,7 +32,8 @@ from kantai.training.run_dir import (
     saved_config,
 )
 from kantai.training.saved_model import load_saved_model
-from tests.helpers.commands import CONFIG, TINY
+from kantai.training.trainer import Trainer
+from tests.helpers.commands import CONFIG, ROOT, TINY
 from tests.helpers.files import file_contents
 from tests.helpers.saved_run import make_saved_run, save_step
 
@@ -384,3 +393,238 @@ def test_conflict_copy_in_checkpoint_is_not_loaded(scored_run: RunDir) -> None:
         shutil.copyfile(state, folder / name)
     model, _ = load_saved_model(scored_run, 30, scored_run.choose)
     assert model.lm_head.bias[0] == 30
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text + "\nbatch: {micro_", "is not YAML"),
+        (lambda text: text + "\nseed: 5\nseed: 6\n", "seed is given twice"),
+        (lambda text: text + "\nsede: 5\n", "unknown key 'sede'"),
+        (lambda text: text + "\nseed: five\n", "seed: "),
+        (lambda text: text + "\ndata: {}\n", "data is given twice"),
+        (lambda text: "", "has no keys"),
+        (lambda text: None, "cannot read the config"),
+    ],
+)
+@pytest.mark.parametrize("place", ["override", "file"])
+def test_run_goes_on_though_its_config_file_cannot_be_read(
+    edit: Callable[[str], str | None], message: str, place: str, tmp_path: Path, where: list[str]
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    begun = saved_config(tmp_path / "run")
+    text = edit(path.read_text())
+    if place == "file":
+        if not text:
+            return  # nothing says which run it is
+        run_dir = arguments.pop()
+        assert run_dir.startswith("--run_dir=")
+        text = re.sub("^run_dir: .*", f"run_dir: {tmp_path / 'run'}", text, flags=re.MULTILINE)
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    said: list[str] = []
+    override = "--checkpoint.every_steps=7"
+    config = load_run_config(path, [*arguments, override], said.append)
+    assert open_run(config).path == tmp_path / "run"
+    assert fixed_settings(config) == fixed_settings(begun)
+    assert config.checkpoint.every_steps == 7
+    (note,) = said
+    assert message in note and "mine.yaml" in note and "This run goes on with" in note
+    assert "\n" not in note
+
+
+def test_fault_of_override_is_refused_though_file_is_the_run_s(
+    tmp_path: Path, where: list[str]
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    with pytest.raises(UserError, match=r"mine\.yaml: unknown key 'sede'"):
+        load_run_config(path, [*arguments, "--sede=5"])
+    with pytest.raises(UserError, match="cannot read the argument '--seed'"):
+        load_run_config(path, [*arguments, "--seed"])
+    path.write_text("seed: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_run_config(path, [*arguments, "--sede=5"])
+    with pytest.raises(UserError, match="seed was 0 and is 5"):
+        open_run(load_run_config(path, [*arguments, "--seed=5"]))
+
+
+def test_other_config_file_that_cannot_be_read_is_refused(tmp_path: Path, where: list[str]) -> None:
+    _, arguments = edited_run(tmp_path, where)
+    other = tmp_path / "other.yaml"
+    other.write_text("seed: [")
+    for path in (other, tmp_path / "none.yaml"):
+        with pytest.raises(UserError, match=r"is not YAML|cannot read"):
+            load_run_config(path, arguments)
+
+
+def test_config_file_of_run_is_known_by_any_path(
+    tmp_path: Path, where: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, arguments = edited_run(tmp_path, where)
+    path.write_text(path.read_text() + "\nseed: 5\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "linked.yaml").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "folder/../mine.yaml", "link/mine.yaml", "linked.yaml"):
+        assert load_run_config(name, arguments).seed == 0, name
+
+
+@contextmanager
+def supersede_with(
+    run: RunDir, *, before: Callable[[], Any] = int, after: Callable[[], Any] = int
+) -> Iterator[None]:
+    """Do something immediately before or after a start supersedes the earlier ones."""
+    real = run.store.supersede
+
+    def supersede() -> None:
+        before()
+        real()
+        after()
+
+    with patch.object(run.store, "supersede", supersede):
+        yield
+
+
+def test_second_first_start_with_other_settings_is_refused(
+    tmp_path: Path, where: list[str]
+) -> None:
+    """Both look before either has begun."""
+    first, second = (
+        open_run(load_config(CONFIG, [*TINY, *where, f"--seed={seed}"])) for seed in (1, 2)
+    )
+    first.take_over()
+    before = file_contents(first.path)
+    with pytest.raises(UserError, match="seed was 1 and is 2"):
+        second.take_over()
+    assert file_contents(first.path) == before
+    assert not first.store.is_superseded()
+
+
+def test_start_that_finds_other_run_at_last_moment_leaves_its_files(
+    tmp_path: Path, where: list[str]
+) -> None:
+    first, second = (
+        open_run(load_config(CONFIG, [*TINY, *where, f"--seed={seed}"])) for seed in (1, 2)
+    )
+    with (
+        supersede_with(second, before=first.take_over),
+        pytest.raises(UserError, match="seed was 1 and is 2"),
+    ):
+        second.take_over()
+    assert saved_config(first.path).seed == 1
+    assert open_run(first.config).take_over() == 0
+
+
+def test_superseded_start_does_not_write_its_config(tmp_path: Path, where: list[str]) -> None:
+    """The settings that differ may change, and so are refused to neither."""
+    names = ("config.yaml", "version.json", "prompts.txt")
+    for begun in (False, True):
+        first, second = (
+            open_run_dir(config, open_data(config), config_file=f"{every}.yaml")
+            for every in (3, 4)
+            for config in [
+                load_config(CONFIG, [*TINY, *where, f"--checkpoint.every_steps={every}"])
+            ]
+        )
+        assert (first.path / "config.yaml").exists() is begun
+        with (
+            supersede_with(first, after=second.take_over),
+            pytest.raises(UserError, match="has been superseded by a later start"),
+        ):
+            first.take_over()
+        assert saved_config(first.path).checkpoint.every_steps == 4
+        assert "/4.yaml" in (first.path / "version.json").read_text()
+        for name in names:
+            assert not list(first.path.glob(f".{name}*"))
+
+
+def test_start_killed_before_its_config_blocks_no_run_directory(
+    tmp_path: Path, where: list[str]
+) -> None:
+    config = load_config(CONFIG, [*TINY, *where])
+    open_run(config).store.supersede()
+    run = open_run(config)
+    run.take_over()
+    assert saved_config(run.path) == config
+
+    (run.path / "config.yaml").unlink()
+    save_step(run, 2)
+    with pytest.raises(UserError, match="exists and is no run directory"):
+        open_run(config)
+
+
+def files_hashed(action: Callable[[], Any]) -> list[str]:
+    """Return the names of the checkpoints' files that an action hashes."""
+    names = []
+
+    def sha256(path: Path) -> str:
+        names.append(f"{path.parent.name}/{path.name}")
+        return real(path)
+
+    real = atomic.sha256
+    with patch.object(atomic, "sha256", sha256):
+        action()
+    return names
+
+
+def test_start_hashes_checkpoint_once_unless_it_changes(scored_run: RunDir) -> None:
+    newest = "step-00000030/state-00000-of-00001.safetensors"
+    before = "step-00000020/state-00000-of-00001.safetensors"
+    assert files_hashed(scored_run.take_over) == [newest]
+
+    def open_again() -> RunDir:
+        return open_run_dir(scored_run.config, scored_run.data)
+
+    second = open_again()
+    with supersede_with(second, before=lambda: save_step(scored_run, 40)):
+        hashed = files_hashed(second.take_over)
+    later = newest.replace("30", "40")
+    assert hashed[-1] == later and hashed.count(newest) == 1
+
+    third = open_again()
+    with supersede_with(third, before=lambda: shutil.rmtree(third.store.path(40))):
+        assert files_hashed(third.take_over) == [later, newest]
+
+    fourth = open_again()
+    with supersede_with(fourth, before=lambda: third.store.score(30, 2.5)):
+        assert files_hashed(fourth.take_over) == [newest, newest]
+
+    fifth = open_again()
+    (state,) = scored_run.store.path(30).glob("*.safetensors")
+    with supersede_with(fifth, before=lambda: state.write_bytes(state.read_bytes()[:-1])):
+        assert files_hashed(fifth.take_over) == [newest, before]
+    assert fifth.store.steps() == [10, 20]
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "hashes"), [(0, 0, 0), (1, 1, 0), (8, 0, 1)])
+def test_checkpoint_that_is_loaded_is_hashed_once_a_node(
+    scored_run: RunDir, rank: int, local_rank: int, hashes: int
+) -> None:
+    """Rank 0 has hashed it as it took the run over. Other ranks need a world, so they are acted."""
+    loaded: list[Path] = []
+    engine = SimpleNamespace(
+        rank_info=RankInfo(rank, 16, local_rank),
+        from_all=lambda value: [value],
+        load_state=loaded.append,
+    )
+    trainer: Any = SimpleNamespace(engine=engine, store=scored_run.store)
+    assert len(files_hashed(lambda: Trainer._load(trainer, 30))) == hashes
+    assert loaded == [scored_run.store.path(30)]
+
+
+def test_finished_run_is_hashed_once(
+    scored_run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_step(scored_run, 1000)
+    for options in ([], ["--check"]):
+        config = scored_run.path / "config.yaml"
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", f"--config={config}", *options])
+        script = str(ROOT / "scripts/pretrain.py")
+        hashed = files_hashed(lambda: runpy.run_path(script, run_name="__main__"))  # noqa: B023
+        assert [name for name in hashed if name.startswith("step-")] == [
+            "step-00001000/state-00000-of-00001.safetensors"
+        ]
+        assert f"{scored_run.path}: 1000 of 1000 steps done" in capsys.readouterr().out

@@ -88,7 +88,9 @@ CASES: dict[str, tuple[Callable[[Inputs], tuple[object, ...]], str]] = {
         "line 2 has a NUL byte",
     ),
     "wrong encoding": (
-        lambda w: w.tokenize(w.file("latin1.txt", "Ding an sich\nübersinnlich".encode("latin-1"))),
+        lambda w: w.tokenize(
+            w.file("latin1.txt", "Ding an sich\nfür übersinnlich".encode("latin-1"))
+        ),
         "line 2 is not UTF-8",
     ),
     "bad JSON": (

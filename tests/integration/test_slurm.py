@@ -554,7 +554,7 @@ def test_time_limit_that_pays_for_no_start_ends_job(
         *data_arguments,
         f"--run_dir={run}",
         "--training.max_steps=1000000",
-        site="RANKS_PER_NODE=1; SLURM_JOB_END_TIME=$(($(date +%s) + 50))",
+        site="RANKS_PER_NODE=1; SLURM_JOB_END_TIME=$(($(date +%s) + 1))",  # one step each
     )
     time.sleep(1.1)  # file times and SLURM's are whole seconds
     config.write_text(config.read_text() + "failures: {hang_seconds: 900}\n")

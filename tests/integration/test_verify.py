@@ -29,7 +29,7 @@ SETTINGS: dict[str | None, list[str]] = {
     "zero2": [],
     "zero3_offload": ["--optimizer.name=muon", "--training.precision=bf16"],
 }
-BACKENDS = {None: "NO", "cpu": "MULTI_CPU", "zero3_offload": "DeepSpeed ZeRO-3"}
+BACKENDS = {None: "PyTorch", "cpu": "PyTorch DDP", "zero3_offload": "DeepSpeed ZeRO-3"}
 FAULTS = {
     ("cpu", "mean_of_means"): {"true loss"},
     ("zero2", "dropped_rank"): {"true loss"},

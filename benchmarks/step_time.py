@@ -317,7 +317,7 @@ def shape_of_model(config: Config, vocab_size: int) -> Any:
 
     from kantai.model.roberta import build_model
 
-    vocabulary = Vocabulary(Tokenizer(models.BPE()), vocab_size, 0, 1, 2, 3, 4, "")
+    vocabulary = Vocabulary(Tokenizer(models.BPE()), vocab_size, 0, 1, 2, 3, 4, "", "")
     with torch.device("meta"):
         return build_model(config.model, vocabulary, seq_len=config.data.seq_len, seed=config.seed)
 

@@ -62,7 +62,7 @@ def test_metrics_and_tensorboard_are_complete(run: Path) -> None:
     for name in ("train/loss", "speed/goodput"):
         assert [event.value for event in events.Scalars(name)] == pytest.approx(metrics(run, name))
     assert len(events.Tensors("fill_mask/text_summary")) == 3
-    assert b"&lt;mask>" in events.Tensors("fill_mask/text_summary")[0].tensor_proto.string_val[0]
+    assert b"<mask>" in events.Tensors("fill_mask/text_summary")[0].tensor_proto.string_val[0]
 
 
 def test_run_saves_at_interval_and_at_end(run: Path) -> None:

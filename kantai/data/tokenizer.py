@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from kantai.data.rng import Int64s, TokenIds
 from kantai.errors import UserError
@@ -196,6 +196,7 @@ def load_tokenizer(folder: Path) -> Vocabulary:
             f"{path} lacks {' '.join(missing)}: a RoBERTa tokenizer has {' '.join(SPECIAL_TOKENS)}"
         )
     _refuse_shared_ids(path, tokenizer, content["added_tokens"])
+    _refuse_dropped_characters(path, content)
     old_fingerprint = digest([content["model"]["vocab"], content["model"].get("merges"), ids])
     bos_id, pad_id, eos_id, unk_id, mask_id = ids.values()
     return Vocabulary(
@@ -208,6 +209,28 @@ def load_tokenizer(folder: Path) -> Vocabulary:
         mask_id=mask_id,
         fingerprint=_fingerprint(content),
         old_fingerprint=old_fingerprint,
+    )
+
+
+def _refuse_dropped_characters(path: Path, content: dict[str, Any]) -> None:
+    """Refuse a BPE that leaves out characters that it does not know (huggingface/tokenizers#517).
+
+    Raises:
+        UserError: it does.
+    """
+    model = content["model"]
+    if model["type"] != "BPE" or model.get("unk_token") is not None:
+        return
+    known = model["vocab"].keys()
+    of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
+    if model.get("byte_fallback") and of_bytes <= known:
+        return
+    steps = json.dumps([content["pre_tokenizer"], content["normalizer"]])
+    if '"ByteLevel"' in steps and set(pre_tokenizers.ByteLevel.alphabet()) <= known:
+        return
+    raise UserError(
+        f"{path} drops the characters that it does not know: give its model an unk_token, or train "
+        "it with the whole byte alphabet, as scripts/train_tokenizer.py does"
     )
 
 

@@ -40,6 +40,7 @@ from kantai.preprocessing.records import (
     joined,
     json_record,
     no_text,
+    two_fields,
     value_in,
 )
 from kantai.preprocessing.spans import Piece, Span, cut
@@ -396,6 +397,8 @@ def _csv_records(options: RecordOptions, span: Span, report: Report) -> Iterator
         for name in options.text_fields[len(columns) :]:
             if name not in rows.header:
                 raise UserError(f"{span.file.path} record 1 {no_text(name)}")
+            if rows.header.count(name) > 1:
+                raise UserError(f"{span.file.path} {two_fields(name)}")
             columns.append(rows.header.index(name))
         misfit = rows.misfit(row)
         if misfit:

@@ -246,6 +246,11 @@ def _walk(path: str, searched: set[tuple[int, int]]) -> Iterator[File]:
             "mend or remove it"
         ) from None
     if not stat.S_ISDIR(status.st_mode):
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(
+                f"{path} is a pipe or a device: write what it gives to a file first, as an input "
+                "is read more than once"
+            )
         yield File(path, status.st_size, str(status.st_mtime_ns))
         return
     directory = (status.st_dev, status.st_ino)

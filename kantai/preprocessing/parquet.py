@@ -9,7 +9,7 @@ from kantai.preprocessing.encodings import Tally, tally
 from kantai.preprocessing.files import MIB, File
 from kantai.preprocessing.lines import Report, check_length, repaired
 from kantai.preprocessing.opening import open_file, seekable
-from kantai.preprocessing.records import joined, no_text
+from kantai.preprocessing.records import joined, no_text, two_fields
 from kantai.preprocessing.spans import Span
 
 # Records are read in batches of at most this many texts, and given out by this many bytes.
@@ -41,6 +41,8 @@ def read_texts(span: Span, text_fields: Sequence[str], report: Report) -> Iterat
             for name in text_fields:
                 if not _has_field(file.schema_arrow, name):
                     raise UserError(f"{path} record 1 {no_text(name)}")
+                if file.schema_arrow.names.count(name) > 1:
+                    raise UserError(f"{path} {two_fields(name)}")
             number = 1
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)

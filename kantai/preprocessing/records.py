@@ -86,6 +86,11 @@ def joined(texts: Sequence[str]) -> str:
     return "\n\n".join(text for text in texts if text and not text.isspace())
 
 
+def two_fields(text_field: str) -> str:
+    """Say that a field is there twice, as the rest of a sentence."""
+    return f"has two fields called {text_field!r}: rename or remove one"
+
+
 def no_text(text_field: str) -> str:
     """Say that a field is no text, as the rest of a sentence."""
     return f"has no text in its field {text_field!r}: name the right one with --text_field"

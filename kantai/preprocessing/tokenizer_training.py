@@ -22,7 +22,7 @@ from kantai.errors import UserError
 from kantai.preprocessing.training_progress import bars_of_library, is_terminal
 
 _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and all bytes
-_MAX_SAMPLE_BYTES = 4_000_000_000
+_MAX_SAMPLE_BYTES = 2_000_000_000  # a pair takes a byte, and its count 31 bits
 # Of 400,000 letters of DNA, training took two minutes, and four times as long for twice as many:
 # the library goes through a whole word for each of its merges.
 _MAX_WORD_CHARACTERS = 1000
@@ -110,7 +110,7 @@ def train_tokenizer(
     Memory grows with the number of different words in the texts.
 
     Args:
-        texts: documents, together at most 4 GB.
+        texts: documents, together at most 2 GB.
         vocab_size: maximum number of entries; a small corpus fills fewer.
         min_frequency: how often a pair must occur to become an entry.
         special_tokens: entries behind RoBERTa's five. Each is one token wherever a text has it.

@@ -1,5 +1,6 @@
 """Progress on the terminal."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -33,11 +34,10 @@ class Progress:
         is_due = time.monotonic() >= self._next_line or step == self._max_steps
         if self._show and is_due:
             left = (self._max_steps - step) * seconds_per_step
-            print(
+            self._print(
                 f"step {step}/{self._max_steps}  loss {loss:.3f}  "
                 f"{tokens_per_second:,.0f} tokens/s  "
-                f"{int(left // 60)}:{int(left % 60):02d} left",
-                flush=True,
+                f"{int(left // 60)}:{int(left % 60):02d} left"
             )
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
@@ -46,7 +46,16 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text)
         elif self._show:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             print(text, flush=True)
+        except (
+            BrokenPipeError
+        ):  # the reader of the output is gone; the run goes on
+            self._show = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def finish(self) -> None:
         """Leave the bar as it is."""

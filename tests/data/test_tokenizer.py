@@ -384,3 +384,20 @@ def test_fingerprint_of_kantai_0_1_is_recognized(tmp_path: Path, tokenizer_dir: 
     other = loaded(added, tmp_path)
     assert other.has_fingerprint(before)  # it left added tokens out
     assert not other.has_fingerprint(vocabulary.fingerprint)
+
+
+def test_bpe_that_drops_characters_is_refused(tmp_path: Path) -> None:
+    """huggingface/tokenizers#517: without an unk_token, what the model does not know is gone."""
+    texts = ["die liest ein und aus"] * 20
+    good = trained("BPE", texts)
+    assert loaded(good, tmp_path / "good").size > 5
+    for name in ("BPE", "byte-level BPE"):
+        bad = changed(trained(name, texts), forget_unknown)
+        with pytest.raises(UserError, match="drops the characters that it does not know"):
+            loaded(bad, tmp_path / name)
+
+
+def forget_unknown(content: dict[str, Any]) -> None:
+    """Take away the unknown token, and a byte."""
+    content["model"]["unk_token"] = None
+    content["model"]["vocab"].pop("Ā", None)

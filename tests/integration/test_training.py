@@ -10,6 +10,7 @@ import http.server
 import json
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -586,3 +587,12 @@ def test_backend_other_than_requested_is_refused(data_arguments: list[str], tmp_
         in done.stderr
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_run_goes_on_when_reader_of_its_output_is_gone(
+    run_arguments: list[str], tmp_path: Path
+) -> None:
+    command = pretrain_command(None, *run_arguments, f"--run_dir={tmp_path / 'run'}")
+    run_program(["bash", "-c", f"{shlex.join(map(str, command))} | head -1"])
+    assert len(metrics(tmp_path / "run", "train/loss")) == STEPS
+    assert CheckpointStore(tmp_path / "run").steps()[-1] == STEPS

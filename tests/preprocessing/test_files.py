@@ -515,3 +515,12 @@ def test_http_server_without_parts_sends_archives_and_parquet(tmp_path: Path, we
     pq.write_table(pa.table({"text": lines}), folder / "a.parquet", row_group_size=5000)
     for name in ("a.zip", "a.tar.gz", "a.parquet"):
         assert texts(f"{web}/{name}") == lines, name
+
+
+def test_pipe_is_refused(tmp_path: Path) -> None:
+    """``--input <(zcat text)`` was read as an empty file, and in a folder left out in silence."""
+    write_file(tmp_path / "a.txt", "x")
+    os.mkfifo(tmp_path / "b.txt")
+    for name in (tmp_path, tmp_path / "b.txt"):
+        with pytest.raises(UserError, match=r"b\.txt is a pipe or a device"):
+            find_files([str(name)])

@@ -653,3 +653,13 @@ def test_links_in_archives_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "d" / "secret.txt").symlink_to("/etc/passwd")
     subprocess.run(["tar", "-cf", tmp_path / "a.tar", "-C", tmp_path, "./d"], check=True)
     assert texts(tmp_path / "a.tar") == ["one"]
+
+
+def test_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.csv", "text,text\none,two\n")
+    with pytest.raises(UserError, match=r"a\.csv has two fields called 'text'"):
+        texts(path)
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has two fields called 'text'"):
+        texts(tmp_path / "a.parquet")

@@ -79,8 +79,6 @@ class Tally:
     def is_foreign(self) -> bool:
         """Whether there are so many defects that the text has another encoding than UTF-8."""
         defects = self.invalid + self.nul
-        if defects <= 1:  # a stray byte, however short the file is
-            return False
         return defects > _MAX_SHARE * self.size or (
             defects >= _STRAY_CHARACTERS
             and defects > _STRAY_SHARE * self.size

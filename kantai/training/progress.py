@@ -51,9 +51,7 @@ class Progress:
     def _print(self, text: str) -> None:
         try:
             print(text, flush=True)
-        except (
-            BrokenPipeError
-        ):  # the reader of the output is gone; the run goes on
+        except BrokenPipeError:  # the reader of the output is gone; the run goes on
             self._show = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

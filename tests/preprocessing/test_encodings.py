@@ -206,11 +206,3 @@ def test_records_that_cannot_be_parsed_for_their_encoding_are_refused_for_it(
     path = write_file(tmp_path / name, (begin + record * 50).encode(encoding))
     with pytest.raises(UserError, match=f"it seems to be {encoding}: convert it first"):
         list(read_documents([path]))
-
-
-def test_stray_byte_in_short_file_is_repaired(tmp_path: Path) -> None:
-    """A corpus may be 100,000 comments, each a file of its own."""
-    for number in range(20):
-        write_file(tmp_path / f"{number}.txt", b"a comment\n")
-    write_file(tmp_path / "7.txt", b"caf\xe9\n")
-    assert list(read_documents([tmp_path])).count("caf\ufffd") == 1

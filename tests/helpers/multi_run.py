@@ -54,7 +54,8 @@ def copy(source: Path, until: int, damaged: int, target: Path) -> None:
             time.sleep(0.01)
         return
     copied = target.with_suffix(".copy")
-    shutil.copytree(source, copied)
+    # Each rank removes its own file of stacks when its run ends, perhaps just now.
+    shutil.copytree(source, copied, ignore=shutil.ignore_patterns("rank-*.txt"))
     for step in CheckpointStore(copied).steps():
         if step > until:
             shutil.rmtree(CheckpointStore(copied).path(step))

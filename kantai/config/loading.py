@@ -95,7 +95,7 @@ def _read_line_of(path: str | Path, key: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         lines = re.findall(rf"^{key}:.*", text, re.MULTILINE)
         tree = _yaml().load(lines[0]) if len(lines) == 1 else {}
-    except (OSError, YAMLError, ValueError):
+    except (OSError, YAMLError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

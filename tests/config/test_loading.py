@@ -14,6 +14,7 @@ from kantai.config.loading import (
     describe,
     fixed_settings,
     load_config,
+    read_run_dir,
     refuse_other_run,
     save_config,
     schema,
@@ -379,3 +380,9 @@ def test_micro_batch_size_is_no_part_of_the_stream(tmp_path: Path) -> None:
     refuse_other_run(with_value(config, "batch.micro_batch_size", 4), config, of_stream=True)
     with pytest.raises(UserError, match="seed was 0 and is 1"):
         refuse_other_run(with_value(config, "seed", 1), config, of_stream=True)
+
+
+def test_run_dir_that_nests_too_deeply_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text(f"run_dir: {'[' * 5000}")
+    assert read_run_dir(path) is None

@@ -1,6 +1,5 @@
 """AdamW and Muon side by side, over whole parameters or ZeRO's slices of them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +91,8 @@ class Optimizer(torch.optim.Optimizer):
     def is_finite(self) -> Tensor:
         """Whether all weights and moments that this rank updates are finite; on the device.
 
-        Only parameters are looked at, and not what ZeRO pads them with.
+        Only parameters are looked at, and not what ZeRO pads them with. A number whose square
+        overflows (1.8e19) counts as infinite.
         """
         parts = [
             values.view(-1)[part.offset : part.offset + part.numel]
@@ -101,7 +101,8 @@ class Optimizer(torch.optim.Optimizer):
             for part in sharded.slices
             if part.numel
         ]
-        return get_total_norm(parts, norm_type=math.inf).isfinite()
+        # The norm of the largest number takes 9 to 16 times as long on CPU as that of the squares.
+        return get_total_norm(parts).isfinite()
 
     @property
     def steps(self) -> float:

@@ -184,12 +184,14 @@ def _find_duplicates(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     overlap = 0
     first = np.zeros(0, _FINGERPRINT)
     for path in folder.iterdir():
-        rows = np.fromfile(path, _FINGERPRINT)
+        rows, is_first = _by_fingerprint(np.fromfile(path, _FINGERPRINT))
         if job.unique:
-            for again in _repeated(rows):
+            for again in _repeated(rows, is_first):
                 split = SPLITS[again["split"][0]]
                 _append_rows(job.duplicates_path(again["piece"][0], split), again["document"])
-        in_both = _in_both(rows)
+        if not job.held_out_pieces:
+            continue  # the split follows from the text
+        in_both = _in_both(rows, is_first)
         overlap += len(in_both)
         first = np.sort(np.concatenate([first, in_both]), order=["piece", "document"])
         first = first[:_NAMED_DOCUMENTS]
@@ -214,11 +216,11 @@ def _fingerprints(job: Job, number: int) -> npt.NDArray[np.void]:
     return np.concatenate(of_splits)
 
 
-def _repeated(rows: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
+def _repeated(rows: npt.NDArray[np.void], is_first: Bools) -> Iterator[npt.NDArray[np.void]]:
     """Yield the rows whose fingerprint an earlier row of their split has, by piece and split."""
-    rows, is_first = _by_fingerprint(rows)
-    is_first[1:] |= rows["split"][1:] != rows["split"][:-1]
-    again = rows[~is_first]
+    is_first_of_split = is_first.copy()
+    is_first_of_split[1:] |= rows["split"][1:] != rows["split"][:-1]
+    again = rows[~is_first_of_split]
     again = again[np.lexsort((again["document"], again["split"], again["piece"]))]
     group = again["piece"].astype(np.int64) * len(SPLITS) + again["split"]
     for of_group in np.split(again, np.flatnonzero(np.diff(group)) + 1):
@@ -226,9 +228,8 @@ def _repeated(rows: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
             yield of_group
 
 
-def _in_both(rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+def _in_both(rows: npt.NDArray[np.void], is_first: Bools) -> npt.NDArray[np.void]:
     """Return the held-out rows whose fingerprint a row of the training split has."""
-    rows, is_first = _by_fingerprint(rows)
     first_split = rows["split"][is_first][np.cumsum(is_first) - 1]
     in_both: npt.NDArray[np.void] = rows[(rows["split"] > 0) & (first_split == 0)]
     return in_both
